@@ -1,0 +1,161 @@
+"""From a recipe to a transformers model and tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from heliostat.models.packaged import packaged_model
+from heliostat.recipe import Model, Refused
+
+if TYPE_CHECKING:
+    from heliostat.tasks import Task
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINED_TOKENIZER = "train:"
+
+
+def resolve(name: str) -> str:
+    """The directory (or hub id) behind a model's name."""
+    if name.startswith("packaged:"):
+        return str(packaged_model(name.removeprefix("packaged:")))
+    path = Path(name).expanduser()
+    if name.startswith(("/", "./", "../", "~")) and not (path / "config.json").is_file():
+        raise Refused("model.name", f"{path} is not a model in Hugging Face format: it has no config.json")
+    return str(path) if path.is_dir() else name
+
+
+def transformers_config(model: Model, **fields: Any) -> transformers.PretrainedConfig:
+    """The model's configuration: its own, then the recipe's, then `fields` of the task."""
+    own = dict(model.config)
+    model_type = own.pop("model_type", None)
+    try:
+        if model.name:
+            config = transformers.AutoConfig.from_pretrained(resolve(model.name))
+        elif model_type:
+            config = transformers.AutoConfig.for_model(model_type)
+        else:
+            raise Refused("model.name", "neither a model's name nor a model_type in model.config is given",
+                          "name a hub id or a directory")
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, Refused):
+            raise
+        first_line = str(error).strip().splitlines()[0]
+        raise Refused("model.name", f"no model {model.name or model_type!r} can be loaded: {first_line}",
+                      "a hub id, a directory in Hugging Face format, or packaged:NAME") from error
+    unknown = [key for key in own if not hasattr(config, key)]
+    if unknown:
+        raise Refused(f"model.config.{unknown[0]}", f"{type(config).__name__} has no such field")
+    config = type(config).from_dict(config.to_dict() | own | fields)
+    if model.dropout is not None:
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(config, key, model.dropout)
+    return config
+
+
+def on_meta(task: Task) -> torch.nn.Module:
+    """The task's model without storage: its structure, shapes and counts."""
+    with torch.device("meta"):
+        return auto_class(task).from_config(transformers_config(task.recipe.model))
+
+
+def auto_class(task: Task) -> Any:
+    return getattr(transformers, task.model_class)
+
+
+def build_model(task: Task) -> torch.nn.Module:
+    """The model on CPU in float32, pre-trained where the recipe says so; new parameters are drawn from the
+    recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held."""
+    recipe = task.recipe
+    config = transformers_config(recipe.model, **task.model_config())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        if recipe.model.name and recipe.model.pretrained:
+            level = transformers.logging.get_verbosity()
+            transformers.logging.set_verbosity_error()  # its table of missing heads says nothing new
+            try:
+                model, info = auto_class(task).from_pretrained(
+                    resolve(recipe.model.name), config=config, dtype=torch.float32, use_safetensors=True,
+                    ignore_mismatched_sizes=True, output_loading_info=True,
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                raise Refused("model.name", f"{recipe.model.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+            finally:
+                transformers.logging.set_verbosity(level)
+            mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+            model.new_parameters = set(info["missing_keys"]) | mismatched
+        else:
+            model = auto_class(task).from_config(config, dtype=torch.float32)
+            model.new_parameters = set()
+    freeze(model, recipe.model.freeze_layers)
+    return model
+
+
+def blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """The name and the list of the model's repeated blocks: its longest ModuleList of one kind."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len({type(block) for block in module}) == 1
+    ]
+    if not found:
+        raise Refused("model.name", f"{type(model).__name__} has no list of blocks")
+    return max(found, key=lambda item: len(item[1]))
+
+
+def freeze(model: torch.nn.Module, layers: int) -> None:
+    """Stop training the embeddings and the lowest `layers` blocks."""
+    if not layers:
+        return
+    _, block_list = blocks(model)
+    if layers > len(block_list):
+        raise Refused("model.freeze_layers", f"{layers} of {len(block_list)} blocks", f"use ≤ {len(block_list)}")
+    for module in [*model.base_model.children()]:
+        if isinstance(module, torch.nn.Embedding) or "Embedding" in type(module).__name__:
+            module.requires_grad_(False)
+    for block in block_list[:layers]:
+        block.requires_grad_(False)
+
+
+def load_tokenizer(model: Model, texts: list[str] | None = None) -> Any:
+    """The recipe's tokenizer. `train:SIZE` trains a byte-level BPE on `texts`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    source = model.tokenizer or model.name
+    if source.startswith(TRAINED_TOKENIZER):
+        if texts is None:
+            raise Refused("model.tokenizer", "it is trained when the data are prepared", "prepare them first")
+        return train_tokenizer(texts, int(source.removeprefix(TRAINED_TOKENIZER)))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(resolve(source))
+    except (OSError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused("model.tokenizer", f"no tokenizer {source!r} can be loaded: {str(error).splitlines()[0]}") from error
+
+
+def train_tokenizer(texts: list[str], size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def processor_facts(processor: Any) -> dict[str, Any]:
+    """What tasks need of a tokenizer once rows are token ids."""
+    if processor is None:
+        return {}
+    padding = processor.pad_token_id if processor.pad_token_id is not None else processor.eos_token_id
+    return {"padding_id": padding or 0, "vocab_size": len(processor), "eos_token_id": processor.eos_token_id,
+            "bos_token_id": processor.bos_token_id}

@@ -1,0 +1,58 @@
+"""The device mesh of a run, and which ranks share what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from heliostat.data.loader import Coordinate
+from heliostat.recipe import Parallelism, Refused
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Axes, outermost first: pipeline, replicate, fsdp, tensor. Tensor peers are neighbours, since they talk most."""
+
+    device: torch.device
+    mesh: DeviceMesh | None
+    parallelism: Parallelism
+    coordinate: Coordinate
+    """This rank's share of every global batch."""
+    sums_group: dist.ProcessGroup | None
+    """Ranks over which loss sums, weights and metrics add up to the global batch: batch × pipeline."""
+    batch_group: dist.ProcessGroup | None
+    """Ranks with different rows (and equal parameters or shards of them)."""
+    is_first: bool = True
+    """Rank 0: the one that writes."""
+
+    @property
+    def replicas(self) -> int:
+        return self.coordinate.count
+
+
+def make_layout(parallelism: Parallelism) -> Layout:
+    """Collective: every rank must call it, in the same order. Without a process group: a single process."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if parallelism.workers > 1:
+            raise Refused("parallelism.workers", f"{parallelism.workers} workers, but one process runs")
+        return Layout(device, None, parallelism, Coordinate(), None, None)
+    world = dist.get_world_size()
+    if world != parallelism.workers:
+        raise Refused("parallelism.workers", f"{parallelism.workers} workers, but {world} processes run")
+    mesh = init_device_mesh(
+        device.type,
+        (parallelism.pipeline, parallelism.replicate, parallelism.fsdp, parallelism.tensor),
+        mesh_dim_names=("pipeline", "replicate", "fsdp", "tensor"),
+    )
+    batch = mesh["replicate", "fsdp"]._flatten("batch")
+    sums = mesh["pipeline", "replicate", "fsdp"]._flatten("sums")
+    return Layout(
+        device, mesh, parallelism,
+        Coordinate(batch.get_local_rank(), batch.size()),
+        sums.get_group(), batch.get_group(),
+        is_first=dist.get_rank() == 0,
+    )

@@ -1,0 +1,113 @@
+"""From a model and a layout to what the training step runs, in a fixed order: pipeline split, tensor, FSDP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from heliostat.models.load import blocks
+from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
+from heliostat.parallel.mesh import Layout
+from heliostat.parallel.plans import PassThrough, split_stage, tensor_plan
+from heliostat.recipe import Recipe
+
+SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+@dataclass
+class Parallel:
+    """A model laid out over the mesh."""
+
+    model: nn.Module
+    """The transformers model (this stage's part of it): its parameters carry the whole model's names."""
+    runs: nn.Module
+    """What a forward pass calls: the model, its DDP wrapper, or the pipeline stage."""
+    layout: Layout
+    batch_norms: list[GlobalBatchNorm2d] = field(default_factory=list)
+    stage: PipelineStage | None = None
+
+    def set_sync(self, sync: bool) -> None:
+        """Whether the next backward pass reduces gradients over the batch group."""
+        if isinstance(self.runs, DistributedDataParallel):
+            self.runs.require_backward_grad_sync = sync
+        elif hasattr(self.runs, "set_requires_gradient_sync"):
+            self.runs.set_requires_gradient_sync(sync)
+
+    @property
+    def gradient_divisor(self) -> int:
+        """DDP and FSDP average over the batch group; the step wants sums."""
+        return self.layout.replicas
+
+    def schedule(self, name: str, num_micro_batches: int, loss_fn: Any) -> Any:
+        assert self.stage is not None
+        return SCHEDULES[name](self.stage, num_micro_batches, loss_fn=loss_fn, scale_grads=False)
+
+
+def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
+    """Collective: every rank must call it, in the same order."""
+    mesh, degrees = layout.mesh, layout.parallelism
+    block_list = list(blocks(model)[1]) if recipe.training.compile or mesh is not None else []
+    if mesh is None:
+        model.to(layout.device)
+        compile_blocks(block_list, recipe)
+        return Parallel(model, model, layout)
+    if degrees.tensor > 1:  # the plan's refusals come before anything is changed
+        plan = tensor_plan(model, degrees.tensor)
+    runs: nn.Module = model
+    if degrees.pipeline > 1:
+        runs = split_stage(model, mesh["pipeline"].get_local_rank(), degrees.pipeline)
+        kept = set(model.modules())
+        block_list = [block for block in block_list if block in kept]
+    model.to(layout.device)
+    if degrees.tensor > 1:
+        present = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
+        parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if "*" in k or k in present})
+    batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
+    compile_blocks(block_list, recipe)
+    if degrees.fsdp > 1 or degrees.tensor > 1 or degrees.pipeline > 1:
+        shards = mesh["replicate", "fsdp"] if degrees.replicate > 1 else mesh["fsdp"]
+        for block in block_list:
+            fully_shard(block, mesh=shards)
+        fully_shard(runs, mesh=shards)
+    elif degrees.replicate > 1:
+        ids = [layout.device.index] if layout.device.type == "cuda" else None
+        runs = DistributedDataParallel(
+            model, device_ids=ids, process_group=mesh["replicate"].get_group(), gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+    stage = None
+    if degrees.pipeline > 1:
+        pipeline = mesh["pipeline"]
+        stage = PipelineStage(runs, pipeline.get_local_rank(), degrees.pipeline, layout.device, group=pipeline.get_group())
+    return Parallel(model, runs, layout, batch_norms, stage)
+
+
+def compile_blocks(block_list: list[nn.Module], recipe: Recipe) -> None:
+    """Compile each block in place: one graph serves all of a kind."""
+    if recipe.training.compile:
+        for block in block_list:
+            block.compile()
+
+
+def full_state(parallel: Parallel) -> dict[str, torch.Tensor]:
+    """The whole model's parameters and buffers on CPU, on rank 0 (elsewhere empty).
+
+    Collective: every rank must call it, in the same order."""
+    layout, state = parallel.layout, {}
+    for name, tensor in parallel.model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = whole.detach().to("cpu", copy=True)
+    if parallel.stage is not None:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, state)
+        state = {name: tensor for part in parts for name, tensor in part.items()}
+    return state if layout.is_first else {}

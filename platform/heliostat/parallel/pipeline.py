@@ -1,0 +1,50 @@
+"""Running micro-batches through a pipeline schedule with the task's own loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from heliostat.parallel.parallelize import Parallel
+from heliostat.tasks import Batch, LossSums, Task
+
+
+class PipelineRunner:
+    """PyTorch's schedules chunk one tensor; ours gives them lists of micro-batches, since targets are dictionaries
+    and a weight belongs to each. Every micro-batch has the same shape."""
+
+    def __init__(self, parallel: Parallel, task: Task, schedule: str) -> None:
+        self.parallel, self.task, self.name = parallel, task, schedule
+        self._schedules: dict[tuple[int, bool], Any] = {}
+        self._sums: list[LossSums] = []
+
+    def run(self, batches: list[Batch], train: bool) -> list[LossSums]:
+        """Forward (and, training, backward) over all micro-batches; sums on the last stage, nothing elsewhere.
+
+        Collective: every rank must call it, in the same order."""
+        stage = self.parallel.stage
+        assert stage is not None
+        self._sums = []
+        schedule = self._schedule(len(batches), train)
+        stage.has_backward = train
+        stage.clear_runtime_states()
+        extra = [{k: v for k, v in batch.inputs.items() if k != "input_ids"} for batch in batches]
+        ids = [(batch.inputs["input_ids"],) for batch in batches] if stage.is_first else [()] * len(batches)
+        schedule._step_microbatches(ids, extra, batches if stage.is_last else None, [] if train else None)
+        if not stage.is_last:
+            return []
+        if not train:
+            self._sums = [self.task.loss(out, batch, train=False) for out, batch in zip(stage.output_chunks, batches, strict=True)]
+        return self._sums[-len(batches) :]  # the first run infers shapes with a loss of its own
+
+    def _schedule(self, count: int, train: bool) -> Any:
+        if (count, train) not in self._schedules:
+            loss_fn = self._loss if train else None
+            self._schedules[count, train] = self.parallel.schedule(self.name, count, loss_fn)
+        return self._schedules[count, train]
+
+    def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        sums = self.task.loss(outputs, batch, train=True)
+        self._sums.append(LossSums(sums.loss_sum.detach(), sums.weight, sums.metric_sums))
+        return sums.loss_sum

@@ -1,0 +1,375 @@
+"""The Recipe: one frozen tree that says everything about a run.
+
+Every default lives here and nowhere else. A recipe is composed in Python (`pipelines/recipes`), overridden on
+the command line, saved as JSON beside every result, and loadable again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+RECIPE_VERSION = 1
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Refused(ValueError):
+    """Input that cannot be used. Raised before any cluster time is spent; jobs exit with code 2 on it."""
+
+    def __init__(self, field: str, reason: str, suggestion: str = "") -> None:
+        super().__init__(f"{field}: {reason}" + (f" ({suggestion})" if suggestion else ""))
+        self.field, self.reason, self.suggestion = field, reason, suggestion
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.reason, self.suggestion)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    name: str = ""
+    """A hub id, a directory in Hugging Face format, a bundle, or `packaged:NAME`. Empty: built from `config`."""
+    config: dict[str, Any] = {}
+    """Fields laid over the transformers configuration; needs `model_type` where `name` is empty. JSON."""
+    pretrained: bool = True
+    """False: take the architecture of `name`, not its weights."""
+    tokenizer: str = ""
+    """Where the tokenizer comes from, if not from `name`: as `name`, or `train:SIZE` (a BPE of that size)."""
+    max_length: PositiveInt = 256
+    """Tokens of a text that the model sees."""
+    image_size: PositiveInt | None = None
+    """Images are resized to this height and width. None: as they come."""
+    truncation: Literal["head", "head_tail"] = "head"
+    """What is kept of a longer text: its beginning, or its beginning and its end, half each."""
+    freeze_layers: Count = 0
+    """The embeddings and this many of the lowest blocks are not trained."""
+    dropout: Fraction | None = None
+    """Overrides every dropout rate of the configuration."""
+    sync_batch_norm: bool = True
+    """Batch normalisation over the global batch (all ranks) instead of each rank's own rows."""
+
+
+class Data(Section):
+    train: str = ""
+    """`packaged:NAME/SPLIT`, `hf://USER/NAME/SPLIT`, or a Parquet, CSV, JSONL or Arrow file, folder or glob,
+    local or on `s3://` or `gs://`."""
+    validation: str = ""
+    """Empty: `validation_fraction` of the training rows, chosen by `seed`."""
+    test: str = ""
+    """Empty: `test_fraction` of the training rows, chosen by `seed`."""
+    validation_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.1
+    text_column: str = "text"
+    label_column: str = "label"
+    image_column: str = "image"
+    limit: PositiveInt | None = None
+    """Train on this many rows (a fixed random choice): short trials, smoke tests."""
+    sequence_length: PositiveInt = 512
+    """Tokens a row of a language model's training data holds."""
+    bucket_batches: Count = 0
+    """Sort by length within windows of this many global batches, so that rows of like length meet. 0: off."""
+    augment: Literal["none", "crop", "crop_flip"] = "none"
+    """Random shifts by up to an eighth of the image, and left-right flips."""
+    pack: bool = True
+    """Language models: fill rows with consecutive documents. False: one document a row, cut to length."""
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 1e-4
+    head_lr_scale: PositiveFloat = 1.0
+    """Learning rate of newly made parameters (the head), as a multiple of `lr`."""
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each block's learning rate is this multiple of the one above it."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: PositiveFloat | None = 1.0
+
+
+class Schedule(Section):
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    """Overrides `epochs`."""
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction = 0.1
+    min_lr_fraction: Fraction = 0.0
+
+
+class Training(Section):
+    global_batch_size: PositiveInt = 16
+    """Rows per optimizer step over all workers; the rest follows by gradient accumulation."""
+    micro_batch_size: PositiveInt = 16
+    """Rows per forward pass of one worker."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    label_smoothing: Fraction = 0.0
+    ema_decay: Fraction = 0.0
+    """Evaluate and keep an exponential moving average of the weights. 0: off."""
+    evaluate_every_steps: Count = 0
+    """0: once an epoch."""
+    early_stopping_patience: Count = 0
+    """Stop after this many evaluations without a better validation metric. 0: off."""
+    keep_best: bool = True
+    """The bundle holds the weights of the best evaluation, not the last."""
+
+
+class Parallelism(Section):
+    workers: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    """Workers that share one copy of the parameters (FSDP2)."""
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    cpus_per_worker: PositiveFloat = 1.0
+    use_gpu: bool | None = None
+    """None: use GPUs where the cluster has enough of them."""
+
+    @property
+    def replicate(self) -> int:
+        return self.workers // (self.fsdp * self.tensor * self.pipeline)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Parallelism:
+        shards = self.fsdp * self.tensor * self.pipeline
+        if self.workers % shards:
+            raise ValueError(
+                f"workers={self.workers} is not a multiple of fsdp × tensor × pipeline = {shards}; "
+                f"use workers={shards * max(1, round(self.workers / shards))}"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    every_steps: Count = 0
+    """0: at the end of each epoch."""
+    keep: PositiveInt = 2
+    max_failures: Count = 3
+    """How often a failed run is started again from its last checkpoint."""
+
+
+class Uniform(Section):
+    kind: Literal["uniform"] = "uniform"
+    low: float
+    high: float
+
+
+class LogUniform(Section):
+    kind: Literal["log_uniform"] = "log_uniform"
+    low: PositiveFloat
+    high: PositiveFloat
+
+
+class Integers(Section):
+    kind: Literal["int"] = "int"
+    low: int
+    high: int
+
+
+class Choice(Section):
+    kind: Literal["choice"] = "choice"
+    values: Annotated[list[bool | int | float | str], Field(min_length=1)]
+
+
+SearchRange = Annotated[Uniform | LogUniform | Integers | Choice, Field(discriminator="kind")]
+
+
+class Tune(Section):
+    num_trials: PositiveInt = 4
+    max_concurrent: Count = 0
+    """0: as many as fit."""
+    workers_per_trial: PositiveInt = 1
+    limit: PositiveInt | None = None
+    """Training rows of a trial."""
+    epochs: PositiveFloat = 1.0
+    reports: PositiveInt = 4
+    """Evaluations of a full-length trial; ASHA may stop it at each."""
+    space: dict[str, SearchRange] = {}
+    """What is searched: recipe fields by dotted path. JSON."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Tune:
+        for path, spec in self.space.items():
+            if not isinstance(spec, Choice) and not spec.low < spec.high:
+                raise ValueError(f"the range of {path} is empty: low={spec.low} is not below high={spec.high}")
+        return self
+
+
+class Gate(Section):
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """A challenger is promoted when the paired bootstrap's one-sided lower bound of its gain is above zero."""
+    resamples: PositiveInt = 2000
+
+
+class Deploy(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    min_replicas: Count = 1
+    max_replicas: PositiveInt = 2
+    target_ongoing_requests: PositiveFloat = 4.0
+    max_ongoing_requests: PositiveInt = 64
+    max_queued_requests: PositiveInt = 256
+    max_batch_size: PositiveInt = 16
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
+    max_inputs: PositiveInt = 256
+    """Inputs one request may hold."""
+    max_body_bytes: PositiveInt = 4 << 20
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
+    threads_per_replica: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Deploy:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
+        return self
+
+
+class Tracking(Section):
+    uri: str = ""
+    """An MLflow server's address. Empty: a SQLite file in the storage folder."""
+    experiment: str = ""
+    """Empty: the recipe's name."""
+
+
+class Recipe(Section):
+    version: Literal[1] = RECIPE_VERSION
+    name: str
+    task: str
+    """`text_classification`, `image_classification`, `language_model`, or `module:Class` of your own."""
+    seed: int = 0
+    storage: str = "~/heliostat"
+    """Where data, runs, the registry and results live: a folder that every node sees."""
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    parallelism: Parallelism = Parallelism()
+    checkpoint: Checkpoint = Checkpoint()
+    tune: Tune = Tune()
+    gate: Gate = Gate()
+    deploy: Deploy = Deploy()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.name != Path(self.name).name or self.name.startswith("."):
+            raise ValueError(f"name={self.name!r} must be usable as a folder's name")
+        for path, spec in self.tune.space.items():
+            values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]
+            for value in values:
+                override(self, {path: value}, check_tune=False)
+        return self
+
+    @property
+    def storage_path(self) -> Path:
+        if "://" in self.storage and not self.storage.startswith("file://"):
+            raise Refused(
+                "storage",
+                f"{self.storage} is an object store, which runs cannot be written to yet",
+                "mount it, or use a folder that every node sees",
+            )
+        return Path(self.storage.removeprefix("file://")).expanduser().absolute()
+
+    def digest(self, *sections: str) -> str:
+        """A short hash of the named sections (or of all): equal exactly when they are equal."""
+        tree = self.model_dump(mode="json")
+        picked = {name: tree[name] for name in sections} if sections else tree
+        return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()[:12]
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe that was saved as JSON. Raises Refused with the field that is wrong."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused("recipe", f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise Refused("recipe", f"{path} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise Refused("recipe", f"{path} does not hold a JSON object")
+    if tree.get("version", RECIPE_VERSION) > RECIPE_VERSION:
+        raise Refused("version", f"{path} was written by a newer Heliostat", "upgrade this one")
+    return build(tree)
+
+
+def build(tree: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise refusal(error) from error
+
+
+def override(recipe: Recipe, values: dict[str, Any], check_tune: bool = True) -> Recipe:
+    """The recipe with fields replaced by dotted path: `override(r, {"optimizer.lr": 3e-4})`."""
+    tree = recipe.model_dump(mode="json")
+    if not check_tune:
+        tree["tune"]["space"] = {}
+    for path, value in values.items():
+        if path not in field_paths():
+            raise Refused(path, "no such field in a recipe", nearest(path))
+        *parents, leaf = path.split(".")
+        node = tree
+        for part in parents:
+            node = node[part]
+        node[leaf] = value
+    return build(tree)
+
+
+def field_paths(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted paths of all leaves, in order of declaration."""
+    return list(_walk(section, prefix))
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _walk(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def nearest(path: str, among: list[str] | None = None) -> str:
+    """`did you mean …` for a mistyped name, or an empty string."""
+    names = field_paths() if among is None else among
+    match = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+    if not match:  # the leaf's name alone: `--lr` for `--optimizer.lr`
+        match = [name for name in names if name.split(".")[-1] == path.split(".")[-1]][:1]
+    return f"did you mean {match[0]}?" if match else ""
+
+
+def refusal(error: ValidationError) -> Refused:
+    """The first mistake that pydantic found, in words."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "recipe"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, Refused):
+        return cause
+    if first["type"] == "extra_forbidden":
+        return Refused(field, "no such field in a recipe", nearest(field))
+    reason = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    if isinstance(given, str | int | float | bool):
+        reason += f", got {given!r}"
+    return Refused(field, reason)

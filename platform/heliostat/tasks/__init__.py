@@ -1,0 +1,230 @@
+"""The Task protocol: what a kind of problem means. Training, tuning, evaluation, serving and explaining know
+problems only through it, so a new kind of problem is one new file (docs/own_task.md writes one).
+
+Shapes: B rows of a micro-batch, T tokens, C classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from heliostat.recipe import Recipe, Refused, nearest
+
+BUILT_IN = {
+    "text_classification": "heliostat.tasks.text_classification:TextClassification",
+    "image_classification": "heliostat.tasks.image_classification:ImageClassification",
+    "language_model": "heliostat.tasks.language_model:LanguageModel",
+}
+
+
+class LossSums(NamedTuple):
+    """Of one micro-batch on one rank. Sums, never means: the step divides once, by the global weight."""
+
+    loss_sum: Tensor
+    weight: Tensor
+    metric_sums: dict[str, Tensor]
+
+
+@dataclass
+class Rows:
+    """Prepared rows of one micro-batch. `row_weight_B` is 0 for rows that only fill a micro-batch up."""
+
+    table: pa.Table
+    sample_ids: np.ndarray
+    row_weight_B: np.ndarray
+
+    def column(self, name: str) -> pa.Array:
+        column = self.table.column(name)
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+@dataclass
+class Batch:
+    """A micro-batch as tensors: what the model's forward takes, and what the loss takes."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    row_weight_B: Tensor
+    sample_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        return Batch(
+            {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
+            {k: v.to(device, non_blocking=True) for k, v in self.targets.items()},
+            self.row_weight_B.to(device, non_blocking=True),
+            self.sample_ids,
+        )
+
+
+class Task:
+    """Derive from this; the methods that raise NotImplementedError are the ones to write.
+
+    `facts` is what `fit` learned from the training rows (labels, channel means …); it is stored with the
+    prepared data and in every bundle, as JSON.
+    """
+
+    model_class: ClassVar[str]
+    """A transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
+    gathers_features: ClassVar[bool] = False
+    """True: `loss` may communicate over the batch group (contrastive losses). Otherwise it never does."""
+    metric: ClassVar[str] = "loss"
+    """What is compared between models: by early stopping, search and gate."""
+    higher_is_better: ClassVar[bool] = False
+    train_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics that `row_sums` gives in training too; evaluation reports all it gives."""
+
+    def __init__(self, recipe: Recipe, facts: dict[str, Any] | None = None) -> None:
+        self.recipe = recipe
+        self.facts = facts or {}
+
+    # -- before anything runs
+
+    def check(self) -> None:
+        """Raise Refused for a recipe that this task cannot run. Cheap: no data, no weights."""
+
+    # -- from source rows to prepared rows
+
+    def required_columns(self) -> list[str]:
+        raise NotImplementedError
+
+    def processor(self, texts: list[str] | None = None) -> Any:
+        """The tokenizer, or None. Anything with `save_pretrained`. `texts`: training rows, to train one from."""
+        return None
+
+    def content(self, table: pa.Table) -> list[bytes]:
+        """What makes a row the same row: equal contents never land in two splits."""
+        raise NotImplementedError
+
+    def fit(self, table: pa.Table) -> dict[str, Any]:
+        """Facts of the training rows. Raises Refused where they cannot be trained on."""
+        return {}
+
+    def prepare(self, table: pa.Table, processor: Any, where: str = "") -> pa.Table:
+        """Source rows as stored rows, one to one unless the task packs: then `sample_id` is the first's.
+        The result has `length` (int32), the unit of work of a row. Raises Refused, naming the row."""
+        raise NotImplementedError
+
+    # -- from prepared rows to losses
+
+    def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
+        """`length` fixes the padded length (pipelines need equal micro-batches)."""
+        raise NotImplementedError
+
+    def model_config(self) -> dict[str, Any]:
+        """Fields this task sets in the transformers configuration."""
+        return {}
+
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        """One forward pass. A pipeline's last stage returns the same."""
+        return model(**batch.inputs).logits
+
+    def row_sums(self, outputs: Tensor, batch: Batch, train: bool) -> dict[str, Tensor]:
+        """Per row, each (B,): `loss` (summed over what the row holds), `weight` (what the loss is divided
+        by), and any metric's numerator. `train`: with label smoothing and the like."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Tensor, batch: Batch, train: bool = True) -> LossSums:
+        """Never communicates, unless `gathers_features`."""
+        sums = {name: (rows * batch.row_weight_B).sum() for name, rows in self.row_sums(outputs, batch, train).items()}
+        return LossSums(sums.pop("loss"), sums.pop("weight").detach(), {k: v.detach() for k, v in sums.items()})
+
+    def metrics(self, loss_sum: float, weight: float, metric_sums: dict[str, float]) -> dict[str, float]:
+        """Global sums as the figures people read."""
+        weight = max(weight, 1e-12)
+        return {"loss": loss_sum / weight} | {name: value / weight for name, value in metric_sums.items()}
+
+    # -- serving
+
+    def parse(self, inputs: list[dict[str, Any]]) -> pa.Table:
+        """A request's inputs as source rows (without labels). Raises Refused, naming the input."""
+        raise NotImplementedError
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """What a caller gets for each row."""
+        raise NotImplementedError
+
+    def example(self) -> dict[str, Any]:
+        """A valid input: asked once before a replica says that it is ready."""
+        raise NotImplementedError
+
+    def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray] | None:
+        """Row sums on `other` of the simplest honest method fitted on `train` (prepared rows)."""
+        return None
+
+
+def load_object(path: str, field_name: str) -> Any:
+    """`module:name`, imported."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise Refused(
+            field_name, f"cannot import {module_name!r}: {error}", "start the job in the folder that holds it"
+        ) from error
+    if not hasattr(module, name):
+        raise Refused(field_name, f"{module_name!r} has no {name!r}", nearest(name, dir(module)))
+    return getattr(module, name)
+
+
+def get_task(recipe: Recipe, facts: dict[str, Any] | None = None) -> Task:
+    path = BUILT_IN.get(recipe.task, recipe.task)
+    if ":" not in path:
+        raise Refused("task", f"no task {recipe.task!r}", nearest(recipe.task, list(BUILT_IN)) or
+                      f"built in: {', '.join(BUILT_IN)}; your own: module:Class")
+    return load_object(path, "task")(recipe, facts)
+
+
+def pad_lists(column: pa.Array, fill: int, length: int | None = None, multiple: int = 8) -> Tensor:
+    """A list column as a (B, T) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`)."""
+    offsets = column.offsets.to_numpy()
+    values = column.values.to_numpy()[offsets[0] : offsets[-1]]
+    lengths = np.diff(offsets)
+    width = length or -(-int(lengths.max(initial=1)) // multiple) * multiple
+    padded = np.full((len(lengths), width), fill, np.int64)
+    padded[np.arange(width) < lengths[:, None]] = values
+    return torch.from_numpy(padded)
+
+
+def labels_of(column: pa.ChunkedArray, field_name: str) -> list[str]:
+    """The classes in a label column, sorted. Refuses fewer than two."""
+    labels = sorted({str(value) for value in column.unique().to_pylist() if value is not None})
+    if len(labels) < 2:
+        raise Refused(field_name, f"the training rows hold one class only: {labels}", "check the column and the rows")
+    return labels
+
+
+def encode_labels(column: pa.ChunkedArray, labels: list[str], field_name: str, where: str) -> pa.Array:
+    index = {label: i for i, label in enumerate(labels)}
+    codes = []
+    for row, value in enumerate(column.to_pylist()):
+        if value is None or str(value) not in index:
+            raise Refused(field_name, f"row {row} of {where} has the label {value!r}, which no training row has",
+                          "remove the row, or name the right column")
+        codes.append(index[str(value)])
+    return pa.array(codes, pa.int32())
+
+
+def classification_sums(logits_BC: Tensor, labels_B: Tensor, smoothing: float) -> dict[str, Tensor]:
+    logits_BC = logits_BC.float()
+    loss_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=smoothing)
+    correct_B = (logits_BC.argmax(-1) == labels_B).float()
+    return {"loss": loss_B, "weight": torch.ones_like(loss_B), "accuracy": correct_B}
+
+
+def class_predictions(logits_BC: Tensor, labels: list[str]) -> list[dict[str, Any]]:
+    """The most probable class of each row, and the probability of every class."""
+    probabilities_BC = logits_BC.float().softmax(-1)
+    scores, best = probabilities_BC.max(-1)
+    return [
+        {"label": labels[b], "score": s, "scores": dict(zip(labels, row, strict=True))}
+        for b, s, row in zip(best.tolist(), scores.tolist(), probabilities_BC.tolist(), strict=True)
+    ]

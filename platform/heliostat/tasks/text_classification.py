@@ -1,0 +1,115 @@
+"""One label for a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from heliostat.models.load import load_tokenizer
+from heliostat.recipe import Refused
+from heliostat.tasks import (
+    Batch,
+    Rows,
+    Task,
+    class_predictions,
+    classification_sums,
+    encode_labels,
+    labels_of,
+    pad_lists,
+)
+
+
+class TextClassification(Task):
+    model_class = "AutoModelForSequenceClassification"
+    metric = "accuracy"
+    higher_is_better = True
+    train_metrics = ("accuracy",)
+
+    def required_columns(self) -> list[str]:
+        return [self.recipe.data.text_column, self.recipe.data.label_column]
+
+    def processor(self, texts: list[str] | None = None) -> Any:
+        return load_tokenizer(self.recipe.model, texts)
+
+    def content(self, table: pa.Table) -> list[bytes]:
+        return [str(text).encode() for text in table.column(self.recipe.data.text_column).to_pylist()]
+
+    def fit(self, table: pa.Table) -> dict[str, Any]:
+        column = self.recipe.data.label_column
+        return {"labels": labels_of(table.column(column), "data.label_column")}
+
+    def prepare(self, table: pa.Table, processor: Any, where: str = "") -> pa.Table:
+        data = self.recipe.data
+        texts = table.column(data.text_column).to_pylist()
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise Refused("data.text_column", f"row {row} of {where} holds {text!r}, not a text")
+        ids = tokenize(texts, processor, self.recipe.model.max_length, self.recipe.model.truncation)
+        columns = {
+            "input_ids": pa.array(ids, pa.list_(pa.int32())),
+            "length": pa.array([len(row) for row in ids], pa.int32()),
+            "text": pa.array(texts, pa.large_string()),
+        }
+        if data.label_column in table.column_names:
+            columns["label"] = encode_labels(
+                table.column(data.label_column), self.facts["labels"], "data.label_column", where
+            )
+        return pa.table(columns)
+
+    def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
+        ids_BT = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length)
+        lengths = torch.from_numpy(rows.column("length").to_numpy().astype(np.int64))
+        mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
+        targets = {}
+        if "label" in rows.table.column_names:
+            targets["labels"] = torch.from_numpy(rows.column("label").to_numpy().astype(np.int64))
+        return Batch({"input_ids": ids_BT, "attention_mask": mask_BT}, targets,
+                     torch.from_numpy(rows.row_weight_B), rows.sample_ids)
+
+    def model_config(self) -> dict[str, Any]:
+        labels = self.facts["labels"]
+        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
+                "label2id": {label: i for i, label in enumerate(labels)}, "pad_token_id": self.facts["padding_id"]}
+
+    def row_sums(self, outputs: Tensor, batch: Batch, train: bool) -> dict[str, Tensor]:
+        smoothing = self.recipe.training.label_smoothing if train else 0.0
+        return classification_sums(outputs, batch.targets["labels"], smoothing)
+
+    def parse(self, inputs: list[dict[str, Any]]) -> pa.Table:
+        for i, item in enumerate(inputs):
+            if set(item) != {"text"} or not isinstance(item["text"], str) or not item["text"].strip():
+                raise Refused(f"inputs.{i}", 'each input is {"text": "…"} with a text that is not empty')
+        return pa.table({self.recipe.data.text_column: pa.array([item["text"] for item in inputs], pa.large_string())})
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        return class_predictions(outputs, self.facts["labels"])
+
+    def example(self) -> dict[str, Any]:
+        return {"text": "a short text"}
+
+    def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray]:
+        """TF-IDF of words and word pairs, then logistic regression."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
+                              LogisticRegression(max_iter=1000, C=10.0))
+        model.fit(train.column("text").to_pylist(), train.column("label").to_numpy())
+        correct = model.predict(other.column("text").to_pylist()) == other.column("label").to_numpy()
+        return {"accuracy": correct.astype(np.float64), "weight": np.ones(len(correct))}
+
+
+def tokenize(texts: list[str], tokenizer: Any, max_length: int, truncation: str) -> list[list[int]]:
+    """Token ids with the tokenizer's special tokens, at most `max_length` of them. `head_tail` keeps the first
+    and the last half of a longer text (Sun et al. 2019, arXiv:1905.05583, section 5.3)."""
+    if truncation == "head":
+        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+    tail = max_length // 2
+    return [ids if len(ids) <= max_length else ids[: max_length - tail] + ids[-tail:] for ids in whole]
+

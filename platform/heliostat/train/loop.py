@@ -1,0 +1,386 @@
+"""The one loop. Every task trains here, in one process or many, under Ray Train or anything else that has set up
+torch.distributed; it knows nothing of who started it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from heliostat.data.loader import Cursor, Loader, check_resume, open_split, subset
+from heliostat.data.prepare import Prepared, read_prepared
+from heliostat.models import bundle as bundles
+from heliostat.models.load import build_model
+from heliostat.parallel.mesh import Layout, make_layout
+from heliostat.parallel.parallelize import full_state, parallelize
+from heliostat.recipe import Recipe, Refused, write_atomically
+from heliostat.tasks import Task
+from heliostat.train import checkpoint
+from heliostat.train.ledger import Ledger
+from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
+from heliostat.train.step import StepResult, TrainStep
+
+STOP_FILE = "stop"
+OUTCOME_FILE = "outcome.json"
+METRICS_FILE = "metrics.jsonl"
+BUNDLE = "bundle"
+
+
+class DiskFull(RuntimeError):
+    """Trying again would fail again, so the launcher does not."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    best: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+
+    def as_dict(self, loader: Loader) -> dict[str, Any]:
+        return {
+            "step": self.step, "cursor": self.cursor.as_dict(), "best": self.best, "best_step": self.best_step,
+            "evaluations_without_gain": self.evaluations_without_gain,
+            "fingerprint": loader.fingerprint, "global_batch_size": loader.global_batch_size,
+        }
+
+
+class Run:
+    """One attempt at a run on this rank. Collective: every rank makes one and calls `train`."""
+
+    def __init__(
+        self, recipe: Recipe, prepared: Prepared, run_dir: Path, *,
+        report: Callable[[dict[str, Any]], None] | None = None, resume: Path | None = None,
+        should_stop: Callable[[], bool] = lambda: False, write_bundle: bool = True, lineage: dict[str, Any] | None = None,
+    ) -> None:
+        """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
+        run has none of its own."""
+        self.recipe, self.prepared, self.run_dir = recipe, prepared, run_dir
+        self.report, self.should_stop, self.write_bundle = report, should_stop, write_bundle
+        self.lineage = lineage or {}
+        self.first = not dist.is_initialized() or dist.get_rank() == 0
+        self.ledger = Ledger(run_dir / "ledger" if self.first else None)
+        self.layout: Layout = make_layout(recipe.parallelism)
+        self.task: Task = prepared.task(recipe)
+        self.loader = self._loader()
+        self.validation = self._validation()
+        model = build_model(self.task)
+        new_parameters = model.new_parameters
+        self.parallel = parallelize(model, self.layout, recipe)
+        self.optimizer = build_optimizer(self.parallel.model, recipe, new_parameters)
+        self.step = TrainStep(self.parallel, self.task, self.optimizer, recipe)
+        self.average = (
+            MovingAverage(self.parallel.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
+        )
+        self.total = total_steps(recipe.schedule, self.loader.batches_per_epoch)
+        self.progress = Progress()
+        self.checkpoints = run_dir / "checkpoints"
+        self._restore(resume)
+        self.recorder = Recorder(run_dir / METRICS_FILE, self.task, self.first)
+        # Steps that an earlier attempt made and lost are replayed.
+        self.replay_until = self.recorder.last_step
+        self._stop_checked = 0.0
+
+    # -- setting up
+
+    def _loader(self) -> Loader:
+        data, training = self.recipe.data, self.recipe.training
+        table = subset(open_split(self.prepared.folder, "train"), data.limit, self.recipe.seed)
+        fingerprint = self.prepared.fingerprint if data.limit is None else f"{self.prepared.fingerprint}:{data.limit}"
+        return Loader(table, self.recipe.seed, training.global_batch_size, fingerprint, data.bucket_batches)
+
+    def _validation(self) -> Loader:
+        """Sorted by length, and in batches that every rank has a share of."""
+        table = open_split(self.prepared.folder, "validation")
+        table = table.sort_by("length")
+        size = self.recipe.training.micro_batch_size * self.layout.replicas * (
+            4 if self.recipe.parallelism.pipeline == 1 else self.recipe.parallelism.pipeline
+        )
+        return Loader(table, 0, size, shuffle=False)
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Pipelines send activations of one shape."""
+        if self.recipe.parallelism.pipeline == 1:
+            return None
+        return self.recipe.data.sequence_length
+
+    def _restore(self, resume: Path | None) -> None:
+        found = checkpoint.newest(self.checkpoints)
+        if found is None and resume is not None:
+            found = checkpoint.newest(resume)
+            if found is None:
+                raise Refused("resume", f"{resume} holds no complete checkpoint")
+        if found is None:
+            return
+        with self.ledger("restore"):
+            cursor = check_resume(found.trainer, self.loader)
+            checkpoint.load(found, self.parallel.model, self.optimizer, self.average)
+            saved = found.trainer
+            self.progress = Progress(
+                saved["step"], cursor, saved["best"], saved["best_step"], saved["evaluations_without_gain"]
+            )
+
+    # -- the loop
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, or to a stop; returns the outcome (the same on every rank)."""
+        status = "done"
+        progress, ledger = self.progress, self.ledger
+        pending: tuple[int, StepResult, float] | None = None
+        started = time.perf_counter()
+        while progress.step < self.total:
+            with ledger("input"):
+                batches = self._batches(progress.cursor, train=True)
+            with ledger("replay" if progress.step < self.replay_until else "step"):
+                self._seed()
+                lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, progress.step, self.total)
+                set_lr(self.optimizer, lr)
+                result = self.step(batches, stop=self._stop_wanted())
+                progress.step += 1
+                progress.cursor = self.loader.next(progress.cursor)
+                if self.average is not None:
+                    self.average.update(progress.step)
+            # The figures of the step before are read while this one may still run on the device.
+            if pending is not None:
+                self.recorder.step(*pending)
+            pending = (progress.step, result, lr)
+            ledger.save(every_s=1.0)
+            last = progress.step == self.total
+            if last or self._evaluation_due():
+                self.recorder.step(*pending)
+                pending = None
+                if self._evaluate():
+                    status = "stopped_early"
+                    last = True
+            stopped = result.stop_requested
+            if stopped or last or self._checkpoint_due():
+                if pending is not None:
+                    self.recorder.step(*pending)
+                    pending = None
+                self._checkpoint()
+            if stopped:
+                status = "interrupted"
+                break
+            if last:
+                break
+        ledger.enter("other")
+        outcome = self._finish(status, time.perf_counter() - started)
+        ledger.save()
+        return outcome
+
+    def _batches(self, cursor: Cursor, train: bool) -> list[Any]:
+        loader = self.loader if train else self.validation
+        rows = loader.read(
+            cursor, self.layout.coordinate, self.recipe.training.micro_batch_size, fill=self.fixed_length is not None
+        )
+        collated = [self.task.collate(item, train, cursor.epoch, self.fixed_length) for item in rows]
+        return [batch.to(self.layout.device) for batch in collated]
+
+    def _seed(self) -> None:
+        """Dropout is a function of (seed, step, share), not of history: resuming needs no generator state."""
+        torch.manual_seed((self.recipe.seed * 1_000_003 + self.progress.step) * 4099 + self.layout.coordinate.index)
+
+    def _stop_wanted(self) -> bool:
+        if self.should_stop():
+            return True
+        now = time.monotonic()
+        if not self.first or now - self._stop_checked < 0.2:
+            return False
+        self._stop_checked = now
+        return (self.run_dir / STOP_FILE).exists()
+
+    def _due(self, every: int) -> bool:
+        step = self.progress.step
+        return step % every == 0 if every else self.progress.cursor.batch == 0
+
+    def _evaluation_due(self) -> bool:
+        return self._due(self.recipe.training.evaluate_every_steps)
+
+    def _checkpoint_due(self) -> bool:
+        return self._due(self.recipe.checkpoint.every_steps)
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split and keep the best weights; True where patience has run out."""
+        with self.ledger("evaluation"):
+            if self.average is not None:
+                self.average.swap()
+            figures = self._validate()
+            progress, training = self.progress, self.recipe.training
+            value = figures[self.task.metric]
+            better = progress.best is None or (value > progress.best) == self.task.higher_is_better and value != progress.best
+            if better:
+                progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+                if training.keep_best and self.write_bundle:
+                    checkpoint.save(self.run_dir / "best", progress.step, {}, self.parallel.model, None, None, keep=1)
+            else:
+                progress.evaluations_without_gain += 1
+            if self.average is not None:
+                self.average.swap()
+        self.recorder.evaluation(progress.step, figures)
+        if self.report is not None:
+            self.report({"step": progress.step, "epochs": progress.step / self.loader.batches_per_epoch, **figures})
+        patience = training.early_stopping_patience
+        return bool(patience and progress.evaluations_without_gain >= patience)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        model = self.parallel.runs
+        model.eval()
+        sums: torch.Tensor | None = None
+        names: tuple[str, ...] = ()
+        for number in range(self.validation.batches_per_epoch):
+            batches = self._batches(Cursor(0, number), train=False)
+            with self.step.autocast():
+                if self.step.pipeline:
+                    micro = self.step.pipeline.run(batches, train=False)
+                else:
+                    micro = [self.task.loss(self.task.outputs(self.parallel.model, batch), batch, train=False) for batch in batches]
+            names = self._metric_names(micro)
+            part, _ = self.step.global_sums(micro, False, names)
+            sums = part if sums is None else sums + part
+        model.train()
+        assert sums is not None
+        loss_sum, weight, _, *metrics = sums.tolist()
+        return self.task.metrics(loss_sum, weight, dict(zip(names, metrics, strict=True)))
+
+    def _metric_names(self, micro: list[Any]) -> tuple[str, ...]:
+        """Pipeline stages without outputs learn from the last one which metrics evaluation gives."""
+        names = tuple(micro[0].metric_sums) if micro else ()
+        if self.step.pipeline:
+            every: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(every, names)
+            names = max(every, key=len)
+        return names
+
+    def _checkpoint(self) -> None:
+        with self.ledger("checkpoint"):
+            self.recorder.flush()
+            try:
+                checkpoint.save(
+                    self.checkpoints, self.progress.step, self.progress.as_dict(self.loader), self.parallel.model,
+                    self.optimizer, self.average, keep=self.recipe.checkpoint.keep,
+                )
+            except BaseException as error:
+                if disk_full(error):
+                    raise DiskFull(f"the disk of {self.checkpoints} is full: no checkpoint of step {self.progress.step}") from error
+                raise
+
+    def _finish(self, status: str, seconds: float) -> dict[str, Any]:
+        self.recorder.close()
+        outcome: dict[str, Any] = {
+            "status": status, "step": self.progress.step, "total_steps": self.total, "best": self.progress.best,
+            "best_step": self.progress.best_step, "metric": self.task.metric, "loop_s": seconds, "bundle": None,
+        }
+        if status != "interrupted" and self.write_bundle:
+            if self.recipe.training.keep_best:
+                found = checkpoint.newest(self.run_dir / "best")
+                assert found is not None
+                checkpoint.load(found, self.parallel.model, None, None)
+            elif self.average is not None:
+                self.average.swap()
+            state = full_state(self.parallel)
+            if self.first:
+                written = bundles.write(
+                    self.run_dir / BUNDLE, self.task, state, self.prepared.processor(),
+                    data={"fingerprint": self.prepared.fingerprint, "folder": str(self.prepared.folder)},
+                    metrics={f"validation.{self.task.metric}": self.progress.best},
+                    lineage={"run": self.run_dir.name, "step": self.progress.best_step, **self.lineage},
+                )
+                outcome["bundle"] = str(written.path)
+        if self.first:
+            write_atomically(self.run_dir / OUTCOME_FILE, json.dumps(outcome))
+        return outcome
+
+
+class Recorder:
+    """Every step's figures, drained to a file off the cluster's reporting path (which blocks for seconds)."""
+
+    def __init__(self, path: Path, task: Task, active: bool) -> None:
+        self.task, self.active = task, active
+        self.last_step = 0
+        if not active:
+            return
+        if path.exists():
+            self.last_step = max((record["step"] for record in read_metrics(path)), default=0)
+        self.stream = path.open("a", encoding="utf-8")
+        self._flushed = time.monotonic()
+
+    def step(self, step: int, result: StepResult, lr: float) -> None:
+        if not self.active:
+            return
+        loss_sum, weight, metric_sums, grad_norm = result.read()
+        figures = {name: value / max(weight, 1e-12) for name, value in metric_sums.items()}
+        self._write({"step": step, "loss": loss_sum / max(weight, 1e-12), "weight": weight, "grad_norm": grad_norm,
+                     "lr": lr, "time": time.time(), **figures})
+        if time.monotonic() - self._flushed > 1.0:
+            self.flush()
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        if self.active:
+            self._write({"step": step, "validation": figures, "time": time.time()})
+            self.flush()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        if self.active:
+            self.stream.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self.active:
+            self.stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run; where a step was replayed, its last record counts. A line cut by a crash is left out."""
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    if not path.exists():
+        return []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["step"], "validation" in record] = record
+    return [records[key] for key in sorted(records)]
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, its causes or its ranks' errors (checkpointing gathers them) are about a full disk."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    inner = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
+    # torch's zip writer raises RuntimeErrors that carry the system's words only.
+    words = str(error)
+    return (
+        "No space left on device" in words or "file write failed" in words or "unexpected pos" in words
+        or any(disk_full(each) for each in inner) or disk_full(error.__cause__)
+    )
+
+
+def train(recipe: Recipe, prepared_folder: Path, run_dir: Path, **options: Any) -> dict[str, Any]:
+    """Run one attempt. Collective: every rank must call it. See `Run`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    set_threads(recipe)
+    return Run(recipe, read_prepared(prepared_folder), run_dir, **options).train()
+
+
+def set_threads(recipe: Recipe) -> None:
+    """One thread for each processor the worker was given: more spin against each other."""
+    torch.set_num_threads(max(1, int(recipe.parallelism.cpus_per_worker)))
+

@@ -1,0 +1,123 @@
+"""One optimizer step: forward and backward over micro-batches, one division by the global weight, clip, step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from heliostat.parallel.parallelize import Parallel
+from heliostat.parallel.pipeline import PipelineRunner
+from heliostat.recipe import Recipe
+from heliostat.tasks import Batch, LossSums, Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global figures of one step, still on the device: reading them waits for the step."""
+
+    sums: Tensor
+    """loss_sum, weight, stop requests, then the task's metrics by name."""
+    grad_norm: Tensor
+    metric_names: tuple[str, ...]
+
+    def read(self) -> tuple[float, float, dict[str, float], float]:
+        """loss_sum, weight, metric_sums, grad_norm."""
+        loss_sum, weight, _, *metrics = self.sums.tolist()
+        return loss_sum, weight, dict(zip(self.metric_names, metrics, strict=True)), float(self.grad_norm)
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self.sums[2] > 0)
+
+
+class TrainStep:
+    def __init__(self, parallel: Parallel, task: Task, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        self.parallel, self.task, self.optimizer = parallel, task, optimizer
+        self.clip_norm = recipe.optimizer.clip_norm
+        self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stage else None
+        self.bfloat16 = recipe.training.precision == "bfloat16"
+        self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        device = self.parallel.layout.device.type
+        return torch.autocast(device, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def __call__(self, batches: list[Batch], stop: bool = False) -> StepResult:
+        """Collective: every rank must call it, with equally many micro-batches."""
+        micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
+        sums, names = self.global_sums(micro, stop, self.task.train_metrics)
+        with torch.no_grad():
+            grad_norm = self._scale_and_clip(sums[1])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(sums, grad_norm, names)
+
+    def _plain(self, batches: list[Batch]) -> list[LossSums]:
+        micro = []
+        for index, batch in enumerate(batches):
+            self.parallel.set_sync(index == len(batches) - 1)
+            for norm in self.parallel.batch_norms:
+                norm.contributes = bool(batch.row_weight_B.any())
+            with self.autocast():
+                sums = self.task.loss(self.task.outputs(self.parallel.runs, batch), batch, train=True)
+            sums.loss_sum.backward()
+            micro.append(LossSums(sums.loss_sum.detach(), sums.weight, sums.metric_sums))
+        return micro
+
+    def _pipelined(self, batches: list[Batch]) -> list[LossSums]:
+        assert self.pipeline is not None
+        with self.autocast():
+            return self.pipeline.run(batches, train=True)
+
+    def global_sums(self, micro: list[LossSums], stop: bool, names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
+        """One all-reduce carries loss, weight, metrics and the wish to stop. Pipeline stages without a loss add zeros."""
+        device = self.parallel.layout.device
+        sums = torch.zeros(3 + len(names), dtype=torch.float64, device=device)
+        for loss_sum, weight, metric_sums in micro:
+            sums += torch.stack([loss_sum.double(), weight.double(), sums.new_zeros(()),
+                                 *(metric_sums[name].double() for name in names)])
+        sums[2] = float(stop)
+        if self.parallel.layout.sums_group is not None:
+            dist.all_reduce(sums, group=self.parallel.layout.sums_group)
+        return sums, names
+
+    def _scale_and_clip(self, weight: Tensor) -> Tensor:
+        """Gradients of the loss sum, averaged over the batch group, become gradients of the global mean; the norm
+        of the whole is clipped in the same pass."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        scale = self.parallel.gradient_divisor / weight.clamp(min=1e-12)
+        norm = self._total_norm(grads) * scale
+        if self.clip_norm is not None:
+            scale = scale * (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        # Local shards: multiplying them is elementwise, so no mesh enters.
+        torch._foreach_mul_([local(grad) for grad in grads], scale.float())
+        return norm
+
+    def _total_norm(self, grads: list[Tensor]) -> Tensor:
+        """2-norm over all parameters of all ranks. Shards of one mesh are summed over that mesh; replicated ones
+        count once."""
+        square = torch.zeros((), dtype=torch.float64, device=self.parallel.layout.device)
+        by_mesh: dict[object, list[Tensor]] = {}
+        for grad in grads:
+            by_mesh.setdefault((grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None, []).append(grad)
+        for key, group in by_mesh.items():
+            partial = torch.stack(torch._foreach_norm([local(grad) for grad in group])).double().square().sum()
+            if key is not None:
+                mesh, placements = key  # type: ignore[misc]
+                for axis, placement in enumerate(placements):
+                    if not placement.is_replicate():  # strided shards are no Shard
+                        dist.all_reduce(partial, group=mesh.get_group(axis))
+            square += partial
+        if self.pipeline:
+            assert self.parallel.layout.mesh is not None
+            dist.all_reduce(square, group=self.parallel.layout.mesh["pipeline"].get_group())
+        return square.sqrt()
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
