@@ -266,6 +266,15 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.name != Path(self.name).name or self.name.startswith("."):
             raise ValueError(f"name={self.name!r} must be usable as a folder's name")
+        parallel, training = self.parallelism, self.training
+        rows = training.micro_batch_size * parallel.replicate * parallel.fsdp
+        if parallel.pipeline > 1 and training.global_batch_size < rows * parallel.pipeline:
+            raise Refused(
+                "training.global_batch_size",
+                f"{training.global_batch_size} rows are fewer micro-batches than pipeline stages "
+                f"({rows} rows a micro-batch over all workers, {parallel.pipeline} stages)",
+                f"use ≥ {rows * parallel.pipeline}, or a smaller training.micro_batch_size",
+            )
         for path, spec in self.tune.space.items():
             values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]
             for value in values:

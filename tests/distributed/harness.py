@@ -47,12 +47,16 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout_s: float =
         for process in processes:
             process.start()
         collected: dict[int, Any] = {}
+        errors: list[str] = []
         try:
             for _ in range(world):
                 rank, value, error = results.get(timeout=timeout_s)
                 if error:
-                    raise RuntimeError(f"rank {rank} of {world} failed:\n{error}")
+                    errors.append(f"rank {rank} of {world} failed:\n{error}")
                 collected[rank] = value
+            # The first to fail takes its peers with it: the cause is among the errors, not always in front.
+            if errors:
+                raise RuntimeError("\n".join(errors))
         finally:
             for process in processes:
                 process.join(timeout=10)

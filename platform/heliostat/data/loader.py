@@ -69,10 +69,10 @@ class Loader:
     def read(self, cursor: Cursor, coordinate: Coordinate, size: int, fill: bool = False) -> list[Rows]:
         """This coordinate's micro-batches of at most `size` rows. Every coordinate gets equally many; one that
         has no rows left gets a row of weight zero, so that collectives match. `fill`: with such rows, every
-        micro-batch has exactly `size` (pipelines)."""
+        global batch has as many micro-batches, and every one exactly `size` rows (pipelines)."""
         batch = self.batch_rows(cursor)
         mine = batch[coordinate.index :: coordinate.count]
-        longest = -(-len(batch) // coordinate.count)
+        longest = -(-(self.global_batch_size if fill else len(batch)) // coordinate.count)
         micro_batches = []
         for start in range(0, longest, size):
             rows = mine[start : start + size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from heliostat.parallel.parallelize import Parallel
@@ -18,6 +19,7 @@ class PipelineRunner:
         self.parallel, self.task, self.name = parallel, task, schedule
         self._schedules: dict[tuple[int, bool], Any] = {}
         self._sums: list[LossSums] = []
+        self._batches: list[Batch] = []
 
     def run(self, batches: list[Batch], train: bool) -> list[LossSums]:
         """Forward (and, training, backward) over all micro-batches; sums on the last stage, nothing elsewhere.
@@ -25,18 +27,20 @@ class PipelineRunner:
         Collective: every rank must call it, in the same order."""
         stage = self.parallel.stage
         assert stage is not None
-        self._sums = []
+        self._sums, self._batches = [], batches
         schedule = self._schedule(len(batches), train)
         stage.has_backward = train
         stage.clear_runtime_states()
         extra = [{k: v for k, v in batch.inputs.items() if k != "input_ids"} for batch in batches]
         ids = [(batch.inputs["input_ids"],) for batch in batches] if stage.is_first else [()] * len(batches)
-        schedule._step_microbatches(ids, extra, batches if stage.is_last else None, [] if train else None)
+        # A target must be a tensor: it is the micro-batch's number.
+        numbers = [torch.tensor(number) for number in range(len(batches))] if stage.is_last else None
+        schedule._step_microbatches(ids, extra, numbers, [] if train else None)
         if not stage.is_last:
             return []
         if not train:
             self._sums = [self.task.loss(out, batch, train=False) for out, batch in zip(stage.output_chunks, batches, strict=True)]
-        return self._sums[-len(batches) :]  # the first run infers shapes with a loss of its own
+        return self._sums[-len(batches) :]  # the first run infers the shapes of gradients with a loss of its own
 
     def _schedule(self, count: int, train: bool) -> Any:
         if (count, train) not in self._schedules:
@@ -44,7 +48,7 @@ class PipelineRunner:
             self._schedules[count, train] = self.parallel.schedule(self.name, count, loss_fn)
         return self._schedules[count, train]
 
-    def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        sums = self.task.loss(outputs, batch, train=True)
+    def _loss(self, outputs: Tensor, number: Tensor) -> Tensor:
+        sums = self.task.loss(outputs, self._batches[int(number)], train=True)
         self._sums.append(LossSums(sums.loss_sum.detach(), sums.weight, sums.metric_sums))
         return sums.loss_sum
