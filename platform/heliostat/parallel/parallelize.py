@@ -33,7 +33,9 @@ class Parallel:
     """What a forward pass calls: the model, its DDP wrapper, or the pipeline stage."""
     layout: Layout
     batch_norms: list[GlobalBatchNorm2d] = field(default_factory=list)
-    stage: PipelineStage | None = None
+    stages: dict[bool, PipelineStage] = field(default_factory=dict)
+    """Pipelines only: by whether it trains. A schedule sets up its stage's buffers for backward passes or for none,
+    so evaluation has a stage of its own around the same module."""
 
     def set_sync(self, sync: bool) -> None:
         """Whether the next backward pass reduces gradients over the batch group."""
@@ -48,8 +50,8 @@ class Parallel:
         return self.layout.replicas
 
     def schedule(self, name: str, num_micro_batches: int, loss_fn: Any) -> Any:
-        assert self.stage is not None
-        return SCHEDULES[name](self.stage, num_micro_batches, loss_fn=loss_fn, scale_grads=False)
+        stage = self.stages[loss_fn is not None]
+        return SCHEDULES[name](stage, num_micro_batches, loss_fn=loss_fn, scale_grads=False)
 
 
 def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
@@ -84,11 +86,13 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
             model, device_ids=ids, process_group=mesh["replicate"].get_group(), gradient_as_bucket_view=True,
             broadcast_buffers=False,
         )
-    stage = None
+    stages = {}
     if degrees.pipeline > 1:
-        pipeline = mesh["pipeline"]
-        stage = PipelineStage(runs, pipeline.get_local_rank(), degrees.pipeline, layout.device, group=pipeline.get_group())
-    return Parallel(model, runs, layout, batch_norms, stage)
+        rank, group = mesh["pipeline"].get_local_rank(), mesh["pipeline"].get_group()
+        stages = {
+            train: PipelineStage(runs, rank, degrees.pipeline, layout.device, group=group) for train in (True, False)
+        }
+    return Parallel(model, runs, layout, batch_norms, stages)
 
 
 def compile_blocks(block_list: list[nn.Module], recipe: Recipe) -> None:
@@ -106,7 +110,7 @@ def full_state(parallel: Parallel) -> dict[str, torch.Tensor]:
     for name, tensor in parallel.model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         state[name] = whole.detach().to("cpu", copy=True)
-    if parallel.stage is not None:
+    if parallel.stages:
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, state)
         state = {name: tensor for part in parts for name, tensor in part.items()}

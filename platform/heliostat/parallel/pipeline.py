@@ -25,8 +25,7 @@ class PipelineRunner:
         """Forward (and, training, backward) over all micro-batches; sums on the last stage, nothing elsewhere.
 
         Collective: every rank must call it, in the same order."""
-        stage = self.parallel.stage
-        assert stage is not None
+        stage = self.parallel.stages[train]
         self._sums, self._batches = [], batches
         schedule = self._schedule(len(batches), train)
         stage.has_backward = train

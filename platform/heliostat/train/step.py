@@ -39,7 +39,7 @@ class TrainStep:
     def __init__(self, parallel: Parallel, task: Task, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.parallel, self.task, self.optimizer = parallel, task, optimizer
         self.clip_norm = recipe.optimizer.clip_norm
-        self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stage else None
+        self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stages else None
         self.bfloat16 = recipe.training.precision == "bfloat16"
         self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
 
