@@ -10,7 +10,7 @@ from typing import Any
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.recipe import Recipe, build, override
 
-WORDS = ("sun salt mirror tower heat field ray angle track storage turbine steam cloud noon shade".split())
+WORDS = (["sun", "salt", "mirror", "tower", "heat", "field", "ray", "angle", "track", "storage", "turbine", "steam", "cloud", "noon", "shade"])
 
 
 def text_file(folder: Path, rows: int = 33, seed: int = 0) -> Path:

@@ -17,7 +17,7 @@ class Machine:
 def this_machine() -> Machine:
     """Processors this process may use, physical memory, and NVIDIA GPUs that the driver shows."""
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia").exists() else 0
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # empty: none
         gpus = min(gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(cpus=len(os.sched_getaffinity(0)), memory_bytes=memory, gpus=gpus)

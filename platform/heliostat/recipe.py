@@ -14,12 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-RECIPE_VERSION = 1
+RECIPE_VERSION: Literal[1] = 1
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Refused(ValueError):
@@ -247,7 +256,7 @@ class Recipe(Section):
     name: str
     task: str
     """`text_classification`, `image_classification`, `language_model`, or `module:Class` of your own."""
-    seed: int = 0
+    seed: Seed = 0
     storage: str = "~/heliostat"
     """Where data, runs, the registry and results live: a folder that every node sees."""
     model: Model = Model()
@@ -264,7 +273,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.name != Path(self.name).name or self.name.startswith("."):
+        if not self.name or self.name != Path(self.name).name or self.name.startswith("."):
             raise ValueError(f"name={self.name!r} must be usable as a folder's name")
         parallel, training = self.parallelism, self.training
         rows = training.micro_batch_size * parallel.replicate * parallel.fsdp
@@ -318,7 +327,8 @@ def load(path: Path) -> Recipe:
         raise Refused("recipe", f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise Refused("recipe", f"{path} does not hold a JSON object")
-    if tree.get("version", RECIPE_VERSION) > RECIPE_VERSION:
+    version = tree.get("version", RECIPE_VERSION)
+    if isinstance(version, int | float) and version > RECIPE_VERSION:
         raise Refused("version", f"{path} was written by a newer Heliostat", "upgrade this one")
     return build(tree)
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from heliostat.data.sources import Part, open_source
 from heliostat.models.load import processor_facts
 from heliostat.recipe import Recipe, Refused, nearest, write_atomically
-from heliostat.tasks import Task, get_task
+from heliostat.tasks import ROW_NAME, Task, get_task
 
 PREPARED_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
     if "train" not in sources:
         open_source(recipe.data.train)
     for split, parts in sources.items():
-        _check_columns(task, parts[0], split)
+        _check_columns(task, parts[0].read(), parts[0].name, split)  # before the cluster reads all of them
     scans = {split: run_parts(_Scan(recipe, split), parts) for split, parts in sources.items()}
     fingerprint = _fingerprint(recipe, scans)
     folder = recipe.storage_path / "data" / f"{recipe.name}-{fingerprint}"
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         chosen = _choose_splits(recipe, scans)
-        train_rows = _some_rows(sources["train"], chosen["train"])
+        train_rows = _some_rows(task, sources["train"], chosen["train"])
         texts = train_rows.column(recipe.data.text_column).to_pylist() if recipe.data.text_column in train_rows.column_names else None
         processor = task.processor(texts)
         facts = task.fit(train_rows) | processor_facts(processor)
@@ -120,11 +120,10 @@ def read_prepared(folder: Path) -> Prepared:
     return Prepared(folder, meta)
 
 
-def _check_columns(task: Task, part: Part, split: str) -> None:
-    table = part.read()
+def _check_columns(task: Task, table: pa.Table, name: str, split: str) -> None:
     for column in task.required_columns():
         if column not in table.column_names:
-            raise Refused(f"data.{split}", f"{part.name} has no column {column!r}; it has {', '.join(table.column_names)}",
+            raise Refused(f"data.{split}", f"{name} has no column {column!r}; it has {', '.join(table.column_names)}",
                           nearest(column, table.column_names) or "set data.text_column, data.image_column or data.label_column")
 
 
@@ -137,6 +136,7 @@ class _Scan:
     def __call__(self, part: Part) -> tuple[np.ndarray, str]:
         table = part.read()
         task = get_task(self.recipe)
+        _check_columns(task, table, part.name, self.split)
         hashes = [
             int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") for content in task.content(table)
         ]
@@ -195,17 +195,23 @@ def _choose_splits(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]
     return codes
 
 
-def _some_rows(parts: list[Part], codes: list[np.ndarray]) -> pa.Table:
+def _some_rows(task: Task, parts: list[Part], codes: list[np.ndarray]) -> pa.Table:
     """Training rows to learn labels, means and tokenizers from: the first FIT_ROWS."""
     tables, total = [], 0
     for part, code in zip(parts, codes, strict=True):
-        tables.append(part.read().filter(pa.array(code == SPLITS.index("train"))))
+        rows = _named_rows(part.read().select(task.required_columns()), part.name)
+        tables.append(rows.filter(pa.array(code == SPLITS.index("train"))))
         total += tables[-1].num_rows
         if total >= FIT_ROWS:
             break
     if total == 0:
         raise Refused("data.train", "the training split holds no rows")
     return pa.concat_tables(tables)
+
+
+def _named_rows(table: pa.Table, name: str) -> pa.Table:
+    """With a column that says where each row came from: a row keeps its number when others are filtered out."""
+    return table.append_column(ROW_NAME, pa.array([f"row {row} of {name}" for row in range(table.num_rows)], pa.string()))
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,7 @@ class _Write:
     def __call__(self, job: _Job) -> dict[str, int]:
         task = get_task(self.recipe, self.facts)
         processor = Prepared(self.folder, {}).processor()
-        table = job.part.read()
+        table = _named_rows(job.part.read(), job.part.name)
         written = {}
         for code, split in enumerate(SPLITS):
             chosen = table.filter(pa.array(job.code == code))

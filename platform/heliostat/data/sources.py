@@ -106,26 +106,29 @@ def _file_parts(filesystem: pa.fs.FileSystem, path: str, field: str) -> list[Par
         if _format(path) == "parquet":
             with filesystem.open_input_file(path) as file:
                 groups = pq.ParquetFile(file).num_row_groups
-            return [Part(f"{path} row group {i}", partial(_read_group, filesystem, path, i)) for i in range(groups)]
-        return [Part(path, partial(_read_file, filesystem, path))]
+            return [Part(f"{path} row group {i}", partial(_read_group, filesystem, path, i, field)) for i in range(groups)]
+        return [Part(path, partial(_read_file, filesystem, path, field))]
     except (OSError, pa.ArrowInvalid) as error:
         raise Refused(field, f"cannot read {path}: {error}") from error
 
 
-def _read_group(filesystem: pa.fs.FileSystem, path: str, group: int) -> pa.Table:
-    with filesystem.open_input_file(path) as file:
-        return pq.ParquetFile(file).read_row_group(group)
+def _read_group(filesystem: pa.fs.FileSystem, path: str, group: int, field: str) -> pa.Table:
+    try:
+        with filesystem.open_input_file(path) as file:
+            return pq.ParquetFile(file).read_row_group(group)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Refused(field, f"{path} cannot be read: {error}") from error
 
 
-def _read_file(filesystem: pa.fs.FileSystem, path: str) -> pa.Table:
+def _read_file(filesystem: pa.fs.FileSystem, path: str, field: str) -> pa.Table:
     readers: dict[str, Any] = {
         # Texts hold line breaks inside quotes.
         "csv": partial(pa.csv.read_csv, parse_options=pa.csv.ParseOptions(newlines_in_values=True)),
         "json": pa.json.read_json,
         "feather": pa.feather.read_table,
     }
-    with filesystem.open_input_file(path) as file:
-        try:
+    try:
+        with filesystem.open_input_file(path) as file:
             return readers[_format(path) or ""](file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise Refused("data", f"{path} cannot be read: {error}") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Refused(field, f"{path} cannot be read: {error}") from error

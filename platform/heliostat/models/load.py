@@ -68,7 +68,7 @@ def auto_class(task: Task) -> Any:
     return getattr(transformers, task.model_class)
 
 
-def build_model(task: Task) -> torch.nn.Module:
+def build_model(task: Task) -> Any:
     """The model on CPU in float32, pre-trained where the recipe says so; new parameters are drawn from the
     recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held."""
     recipe = task.recipe
@@ -115,7 +115,8 @@ def freeze(model: torch.nn.Module, layers: int) -> None:
     _, block_list = blocks(model)
     if layers > len(block_list):
         raise Refused("model.freeze_layers", f"{layers} of {len(block_list)} blocks", f"use ≤ {len(block_list)}")
-    for module in [*model.base_model.children()]:
+    base: Any = model.base_model
+    for module in base.children():
         if isinstance(module, torch.nn.Embedding) or "Embedding" in type(module).__name__:
             module.requires_grad_(False)
     for block in block_list[:layers]:

@@ -52,7 +52,7 @@ class _Normalise(torch.autograd.Function):
         inverse_C = torch.rsqrt(var_C + eps)
         normal = (x - mean_C.view(shape)) * inverse_C.view(shape)
         ctx.save_for_backward(normal, weight_C, inverse_C, total)
-        ctx.group, ctx.dims, ctx.shape = group, dims, shape
+        ctx.group, ctx.dims, ctx.shape, ctx.contributes = group, dims, shape, contributes
         ctx.mark_non_differentiable(mean_C, var_C, total)
         return normal * weight_C.view(shape) + bias_C.view(shape), mean_C, var_C, total
 
@@ -63,10 +63,10 @@ class _Normalise(torch.autograd.Function):
         grad_weight_C = (grad * normal).sum(ctx.dims)
         both = torch.cat([grad_bias_C, grad_weight_C])
         dist.all_reduce(both, group=ctx.group)
-        mean_grad_C, mean_slope_C = (both / total).chunk(2)
-        grad_x = (grad - mean_grad_C.view(ctx.shape) - normal * mean_slope_C.view(ctx.shape)) * (
-            weight_C * inverse_C
-        ).view(ctx.shape)
+        if ctx.contributes:  # otherwise the statistics do not depend on these rows
+            mean_grad_C, mean_slope_C = (both / total).chunk(2)
+            grad = grad - mean_grad_C.view(ctx.shape) - normal * mean_slope_C.view(ctx.shape)
+        grad_x = grad * (weight_C * inverse_C).view(ctx.shape)
         return grad_x, grad_weight_C, grad_bias_C, None, None, None
 
 

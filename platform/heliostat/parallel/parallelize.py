@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -41,7 +41,7 @@ class Parallel:
         """Whether the next backward pass reduces gradients over the batch group."""
         if isinstance(self.runs, DistributedDataParallel):
             self.runs.require_backward_grad_sync = sync
-        elif hasattr(self.runs, "set_requires_gradient_sync"):
+        elif isinstance(self.runs, FSDPModule):
             self.runs.set_requires_gradient_sync(sync)
 
     @property
@@ -84,7 +84,7 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
             model, device_ids=ids, process_group=mesh["replicate"].get_group(), gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            broadcast_buffers=False,  # its successor would still send them at the start; ranks build them alike
         )
     stages = {}
     if degrees.pipeline > 1:

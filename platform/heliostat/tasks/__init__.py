@@ -183,6 +183,15 @@ def get_task(recipe: Recipe, facts: dict[str, Any] | None = None) -> Task:
     return load_object(path, "task")(recipe, facts)
 
 
+ROW_NAME = "__row__"
+"""A column that preparing adds to source rows, for error messages."""
+
+
+def row_name(table: pa.Table, row: int, where: str) -> str:
+    """What an error message calls a source row."""
+    return table.column(ROW_NAME)[row].as_py() if ROW_NAME in table.column_names else f"row {row} of {where}"
+
+
 def pad_lists(column: pa.Array, fill: int, length: int | None = None, multiple: int = 8) -> Tensor:
     """A list column as a (B, T) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`)."""
     offsets = column.offsets.to_numpy()
@@ -202,12 +211,12 @@ def labels_of(column: pa.ChunkedArray, field_name: str) -> list[str]:
     return labels
 
 
-def encode_labels(column: pa.ChunkedArray, labels: list[str], field_name: str, where: str) -> pa.Array:
+def encode_labels(table: pa.Table, column: str, labels: list[str], field_name: str, where: str) -> pa.Array:
     index = {label: i for i, label in enumerate(labels)}
     codes = []
-    for row, value in enumerate(column.to_pylist()):
+    for row, value in enumerate(table.column(column).to_pylist()):
         if value is None or str(value) not in index:
-            raise Refused(field_name, f"row {row} of {where} has the label {value!r}, which no training row has",
+            raise Refused(field_name, f"{row_name(table, row, where)} has the label {value!r}, which no training row has",
                           "remove the row, or name the right column")
         codes.append(index[str(value)])
     return pa.array(codes, pa.int32())

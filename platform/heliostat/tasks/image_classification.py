@@ -14,7 +14,16 @@ from torch import Tensor
 
 from heliostat.models.load import on_meta
 from heliostat.recipe import Refused
-from heliostat.tasks import Batch, Rows, Task, class_predictions, classification_sums, encode_labels, labels_of
+from heliostat.tasks import (
+    Batch,
+    Rows,
+    Task,
+    class_predictions,
+    classification_sums,
+    encode_labels,
+    labels_of,
+    row_name,
+)
 
 
 class ImageClassification(Task):
@@ -26,7 +35,7 @@ class ImageClassification(Task):
     def check(self) -> None:
         super().check()
         recipe = self.recipe
-        rows = recipe.training.micro_batch_size * recipe.parallelism.workers
+        rows = recipe.training.micro_batch_size * recipe.parallelism.replicate * recipe.parallelism.fsdp
         if recipe.model.sync_batch_norm and recipe.training.global_batch_size > rows and self._has_batch_norm():
             raise Refused(
                 "training.micro_batch_size",
@@ -66,7 +75,7 @@ class ImageClassification(Task):
         shape = self.facts.get("image_shape")
         images = []
         for row, value in enumerate(column.to_pylist()):
-            image = _decode(value, f"row {row} of {where}", shape)
+            image = _decode(value, row_name(table, row, where), shape)
             shape = shape or list(image.shape)
             images.append(image)
         return np.stack(images) if images else np.empty((0, *(shape or (1, 1, 1))), np.uint8)
@@ -83,7 +92,7 @@ class ImageClassification(Task):
         }
         if self.recipe.data.label_column in table.column_names:
             columns["label"] = encode_labels(
-                table.column(self.recipe.data.label_column), self.facts["labels"], "data.label_column", where
+                table, self.recipe.data.label_column, self.facts["labels"], "data.label_column", where
             )
         return pa.table(columns)
 
@@ -152,7 +161,8 @@ class ImageClassification(Task):
 
 def _encoded(value: Any) -> bytes | None:
     """The file's bytes from a binary column, or from the hub's `{bytes, path}` struct."""
-    return value.get("bytes") if isinstance(value, dict) else value
+    value = value.get("bytes") if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) else None
 
 
 def _decode(value: Any, where: str, shape: list[int] | None) -> np.ndarray:
@@ -160,7 +170,7 @@ def _decode(value: Any, where: str, shape: list[int] | None) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(io.BytesIO(_encoded(value) or b""))
+        image: Image.Image = Image.open(io.BytesIO(_encoded(value) or b""))
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refused("data.image_column", f"{where} is not an image that can be read: {error}",
@@ -181,7 +191,7 @@ def augment(pixels_BCHW: Tensor, sample_ids: np.ndarray, key: tuple[int, int], k
     padded = torch.nn.functional.pad(pixels_BCHW, (reach, reach, reach, reach))
     out = torch.empty_like(pixels_BCHW)
     for i, sample in enumerate(sample_ids.tolist()):
-        draw = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[int(sample), 0, 0, 0]))
+        draw = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, int(sample), 0, 0]))
         top, left, flip = draw.integers(0, [2 * reach + 1, 2 * reach + 1, 2])
         image = padded[i, :, top : top + height, left : left + width]
         out[i] = image.flip(-1) if flip and kind == "crop_flip" else image

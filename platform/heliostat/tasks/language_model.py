@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heliostat.models.load import load_tokenizer
 from heliostat.recipe import Refused
-from heliostat.tasks import Batch, Rows, Task, pad_lists
+from heliostat.tasks import Batch, Rows, Task, pad_lists, row_name
 
 IGNORED = -100
 
@@ -36,7 +36,7 @@ class LanguageModel(Task):
         texts = table.column(self.recipe.data.text_column).to_pylist()
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise Refused("data.text_column", f"row {row} of {where} holds {text!r}, not a text")
+                raise Refused("data.text_column", f"{row_name(table, row, where)} holds {text!r}, not a text")
         length, end = self.recipe.data.sequence_length, processor.eos_token_id
         documents = [ids + [end] for ids in processor(texts, add_special_tokens=False, verbose=False)["input_ids"]]
         if self.recipe.data.pack:

@@ -20,6 +20,7 @@ from heliostat.tasks import (
     encode_labels,
     labels_of,
     pad_lists,
+    row_name,
 )
 
 
@@ -47,7 +48,7 @@ class TextClassification(Task):
         texts = table.column(data.text_column).to_pylist()
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise Refused("data.text_column", f"row {row} of {where} holds {text!r}, not a text")
+                raise Refused("data.text_column", f"{row_name(table, row, where)} holds {text!r}, not a text")
         ids = tokenize(texts, processor, self.recipe.model.max_length, self.recipe.model.truncation)
         columns = {
             "input_ids": pa.array(ids, pa.list_(pa.int32())),
@@ -56,7 +57,7 @@ class TextClassification(Task):
         }
         if data.label_column in table.column_names:
             columns["label"] = encode_labels(
-                table.column(data.label_column), self.facts["labels"], "data.label_column", where
+                table, data.label_column, self.facts["labels"], "data.label_column", where
             )
         return pa.table(columns)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 from heliostat.data.loader import Cursor, Loader, check_resume, open_split, subset
 from heliostat.data.prepare import Prepared, read_prepared
@@ -218,7 +219,7 @@ class Run:
             figures = self._validate()
             progress, training = self.progress, self.recipe.training
             value = figures[self.task.metric]
-            better = progress.best is None or (value > progress.best) == self.task.higher_is_better and value != progress.best
+            better = progress.best is None or ((value > progress.best) == self.task.higher_is_better and value != progress.best)
             if better:
                 progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
                 if training.keep_best and self.write_bundle:
@@ -376,11 +377,11 @@ def disk_full(error: BaseException | None) -> bool:
 def train(recipe: Recipe, prepared_folder: Path, run_dir: Path, **options: Any) -> dict[str, Any]:
     """Run one attempt. Collective: every rank must call it. See `Run`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    set_threads(recipe)
+    prepare_process(recipe)
     return Run(recipe, read_prepared(prepared_folder), run_dir, **options).train()
 
 
-def set_threads(recipe: Recipe) -> None:
+def prepare_process(recipe: Recipe) -> None:
     """One thread for each processor the worker was given: more spin against each other."""
     torch.set_num_threads(max(1, int(recipe.parallelism.cpus_per_worker)))
-
+    transformers.utils.logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,16 +103,17 @@ class TrainStep:
         """2-norm over all parameters of all ranks. Shards of one mesh are summed over that mesh; replicated ones
         count once."""
         square = torch.zeros((), dtype=torch.float64, device=self.parallel.layout.device)
-        by_mesh: dict[object, list[Tensor]] = {}
+        by_mesh: dict[Any, list[Tensor]] = {}
         for grad in grads:
-            by_mesh.setdefault((grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None, []).append(grad)
-        for key, group in by_mesh.items():
+            key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+            by_mesh.setdefault(key, []).append(grad)
+        for group in by_mesh.values():
             partial = torch.stack(torch._foreach_norm([local(grad) for grad in group])).double().square().sum()
-            if key is not None:
-                mesh, placements = key  # type: ignore[misc]
-                for axis, placement in enumerate(placements):
+            one = group[0]
+            if isinstance(one, DTensor):
+                for axis, placement in enumerate(one.placements):
                     if not placement.is_replicate():  # strided shards are no Shard
-                        dist.all_reduce(partial, group=mesh.get_group(axis))
+                        dist.all_reduce(partial, group=one.device_mesh.get_group(axis))
             square += partial
         if self.pipeline:
             assert self.parallel.layout.mesh is not None

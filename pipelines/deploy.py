@@ -1,0 +1,28 @@
+"""`python -m pipelines.deploy RECIPE [--bundle FOLDER] [--keep]`: a bundle behind an autoscaled endpoint."""
+
+import sys
+import time
+from typing import Any
+
+from heliostat.launch.cluster import connect
+from heliostat.models import bundle as bundles
+from pipelines.job import Job, main
+from pipelines.register import chosen_bundle
+from serve.classifier import deploy
+
+
+def run(job: Job) -> dict[str, Any]:
+    bundle = bundles.read(chosen_bundle(job))
+    with connect(job.recipe, job.options.address, job.options.keep):
+        endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)
+        print(f"serving {bundle.path} at {endpoint}")
+        try:
+            while not (job.options.keep or job.options.address):
+                time.sleep(1)  # until Ctrl-C: the cluster lives as long as this job
+        except KeyboardInterrupt:
+            pass
+    return {"endpoint": endpoint, "bundle": str(bundle.path)}
+
+
+if __name__ == "__main__":
+    sys.exit(main("deploy", run))

@@ -1,0 +1,207 @@
+"""What every job does: read the recipe and its overrides, refuse early, keep stdout for one JSON line, and write the
+same object to the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, write_atomically
+from heliostat.tasks import load_object
+from pipelines.recipes import BUILT_IN
+
+
+@dataclass(frozen=True)
+class Options:
+    run_name: str = ""
+    """Folder of this run below STORAGE/runs. Empty: made from the recipe, the job and the time."""
+    resume: str = ""
+    """`last` (the newest run of this recipe) or the path of a run to go on with."""
+    address: str = ""
+    """A Ray cluster to run on. Empty: the one this job was submitted to, else one started on this machine."""
+    bundle: str = ""
+    """evaluate, register, deploy, predict: a bundle's folder. Empty: the recipe's champion, else its newest run's."""
+    input: str = ""
+    """predict: a Parquet, CSV or JSONL source of rows."""
+    keep: bool = False
+    """lifecycle, deploy: leave the endpoint up on a cluster that outlives the job (`make stop` ends it)."""
+    fresh: bool = False
+    """lifecycle: do stages again though their inputs have not changed."""
+    full: bool = False
+    """lifecycle: search longer and train for more epochs."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    options: Annotated[Options, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    recipe: Recipe
+    options: Options
+    run_dir: Path
+
+
+def find_recipe(name: str) -> Recipe:
+    """A built-in recipe's name, a JSON file, or `module:function`."""
+    if name.endswith(".json"):
+        return load(Path(name).expanduser())
+    path = BUILT_IN.get(name, name)
+    if ":" not in path:
+        raise Refused("recipe", f"no recipe {name!r}", nearest(name, list(BUILT_IN)) or f"there are: {', '.join(BUILT_IN)}")
+    sys.path.insert(0, os.getcwd())  # a recipe of the user's own lies where the job was started
+    recipe = load_object(path, "recipe")()
+    if not isinstance(recipe, Recipe):
+        raise Refused("recipe", f"{name} returned {type(recipe).__name__}, not a Recipe")
+    return recipe
+
+
+def _json_field() -> tyro.constructors.ConstructorRegistry:
+    """Fields that are dictionaries are given as JSON."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if info.type is not dict and getattr(info.type, "__origin__", None) is not dict:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar="JSON", instance_from_str=lambda words: json.loads(words[0]),
+            is_instance=lambda value: isinstance(value, dict), str_from_instance=lambda value: [_dump(value)],
+        )
+
+    return registry
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, default=lambda item: item.model_dump())
+
+
+def parse(words: list[str]) -> tuple[Recipe, Options]:
+    """The recipe with the command line's overrides. Raises Refused naming field, reason and the nearest right name."""
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        recipe = find_recipe(words.pop(0))
+    elif "--recipe" in words[:-1]:
+        at = words.index("--recipe")
+        recipe = load(Path(words[at + 1]).expanduser())
+        del words[at : at + 2]
+    elif {"-h", "--help"} & set(words):
+        recipe = find_recipe("sentiment")
+    else:
+        raise Refused("recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function")
+    names = field_paths() + [option.name for option in dataclasses.fields(Options)]
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in names and name not in ("help", "no_keep", "no_fresh", "no_full"):
+            raise Refused(name, "no such field in a recipe", nearest(name, names))
+
+    def refuse(event: Any) -> None:
+        raise _refusal(event)
+
+    from tyro._errors import on_parse_error
+
+    with on_parse_error(refuse):
+        parsed = tyro.cli(Arguments, args=words, default=Arguments(recipe, Options()), registry=_json_field())
+    # tyro builds section by section; this checks the whole.
+    return build(parsed.recipe.model_dump(mode="json")), parsed.options
+
+
+def _refusal(event: Any) -> Refused:
+    """tyro's parse error as field, reason and suggestion."""
+    argument = getattr(event, "argument", None)
+    field = argument.lowered.name_or_flags[0].lstrip("-").replace("-", "_") if argument is not None else "arguments"
+    choices = getattr(event, "choices", ())
+    message = str(getattr(event, "message", "") or f"got {getattr(event, 'value', '') or getattr(event, 'tokens', '')!r}")
+    if found := re.match(r"\d+ validation errors? for (\w+)\n(?:([\w.]+)\n)?\s+(.*?) \[type=", message):
+        section, leaf, message = found.groups()
+        prefix = next((name for name, info in Recipe.model_fields.items()
+                       if getattr(info.annotation, "__name__", "") == section), "")
+        field = ".".join(part for part in (prefix, leaf) if part) or "recipe"
+    return Refused(field, message.removeprefix("Value error, "), f"one of {', '.join(choices)}" if choices else "")
+
+
+def main(name: str, body: Callable[[Job], dict[str, Any]], words: list[str] | None = None) -> int:
+    """Run a job; returns its exit code: 0 done, 1 failure, 2 refused input, 130 interrupted."""
+    started = time.time()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with _json_stdout() as answer:
+        run_dir: Path | None = None
+        try:
+            recipe, options = parse(sys.argv[1:] if words is None else words)
+            run_dir = _run_dir(name, recipe, options)
+            job = Job(name, recipe, options, run_dir)
+            result = body(job)
+            code = 130 if result.get("status") == "interrupted" else 1 if result.get("status") == "failed" else 0
+        except Refused as error:
+            result = {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}
+            print(f"refused: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            result, code = {"status": "interrupted"}, 130
+        except Exception as error:
+            logging.getLogger("heliostat").exception("%s failed", name)
+            result, code = {"status": "failed", "error": f"{type(error).__name__}: {error}"}, 1
+        whole: dict[str, Any] = {"job": name, "status": "done"}
+        if run_dir is not None and run_dir.is_dir():
+            whole |= {"run_dir": str(run_dir), "result": str(run_dir / "result.json")}
+        whole |= {"seconds": round(time.time() - started, 3), "metrics": {}} | result
+        text = json.dumps(whole)
+        if "result" in whole:
+            write_atomically(Path(whole["result"]), text + "\n")
+        answer(text)
+    return code
+
+
+def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
+    """Where the run writes; made by the first who writes there."""
+    runs = recipe.storage_path / "runs"
+    if options.resume == "last":
+        # Runs carry the time in their names' end and their recipe's name in front.
+        candidates = sorted(
+            (path for path in runs.glob(f"{recipe.name}-*") if (path / "checkpoints").is_dir()), key=lambda p: p.stat().st_mtime
+        )
+        if not candidates:
+            raise Refused("resume", f"no run of {recipe.name} in {runs} has a checkpoint", "start one without --resume")
+        return candidates[-1]
+    if options.resume:
+        path = Path(options.resume).expanduser().absolute()
+        if not (path / "checkpoints").is_dir():
+            raise Refused("resume", f"{path} is not a run's folder with checkpoints", "name a folder in STORAGE/runs")
+        return path
+    run_name = options.run_name or f"{recipe.name}-{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    if run_name != Path(run_name).name:
+        raise Refused("run_name", f"{run_name!r} is not a folder's name")
+    return runs / run_name
+
+
+@contextlib.contextmanager
+def _json_stdout() -> Any:
+    """Everything that is printed goes to stderr; the function given back writes to the real stdout."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+
+    def answer(text: str) -> None:
+        os.write(kept, (text + "\n").encode())
+
+    try:
+        yield answer
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,97 @@
+"""Connecting to Ray: a cluster on this machine for the length of a job, one that outlives it, or one that is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from heliostat.hardware import this_machine
+from heliostat.recipe import Recipe, Refused
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The folder that holds platform/, pipelines/ and serve/."""
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+"""Workers share cores: idle OpenMP threads must sleep, not spin."""
+
+
+def check_placement(recipe: Recipe, cpus: float, gpus: float, where: str) -> None:
+    """Refuse what could never be placed."""
+    parallelism = recipe.parallelism
+    needed = parallelism.workers * parallelism.cpus_per_worker
+    if parallelism.use_gpu and parallelism.workers > gpus:
+        raise Refused("parallelism.use_gpu", f"{parallelism.workers} GPUs are asked for, {where} has {gpus:g}",
+                      "set parallelism.use_gpu false, or fewer workers")
+    if needed > cpus:
+        raise Refused("parallelism.workers", f"{parallelism.workers} workers need {needed:g} CPUs, {where} has {cpus:g}",
+                      f"use ≤ {int(cpus // parallelism.cpus_per_worker)} workers")
+
+
+def logical_cpus() -> int:
+    """What a cluster on this machine declares: workers of a tiny run may share cores, and drivers must not starve."""
+    return max(8, 4 * this_machine().cpus)
+
+
+def environment() -> dict[str, str]:
+    """Variables that make the package, the jobs and the user's own modules importable on local workers."""
+    paths = [str(ROOT), str(ROOT / "platform"), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return THREADS | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path))}
+
+
+def runtime_env() -> dict[str, Any]:
+    """For a cluster elsewhere: the code travels."""
+    excludes = [".venv", ".git", "tests", "**/__pycache__"]
+    return {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "heliostat")], "excludes": excludes,
+            "env_vars": THREADS}
+
+
+@contextmanager
+def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[None]:
+    """Ray, connected for the time of the block. `keep`: on a cluster that outlives the job."""
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    local = not address and not submitted
+    if local:
+        machine = this_machine()
+        check_placement(recipe, logical_cpus(), machine.gpus, "this machine")
+    import ray
+
+    brought = False
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
+    try:
+        if brought := ray.is_initialized():  # by a notebook or a test: theirs to end
+            yield
+            return
+        if local and not keep:
+            # With the dashboard: Ray Train's own cleaner asks its state interface.
+            ray.init(num_cpus=logical_cpus(), include_dashboard=True, dashboard_host="127.0.0.1", runtime_env={"env_vars": environment()}, **options)
+        elif local:
+            start_kept_cluster()
+            ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
+        elif submitted:
+            ray.init(**options)
+        else:
+            ray.init(address=address, runtime_env=runtime_env(), **options)
+        if not local:
+            resources = ray.cluster_resources()
+            check_placement(recipe, resources.get("CPU", 0), resources.get("GPU", 0), "the cluster")
+        yield
+    finally:
+        if not brought and ray.is_initialized():
+            ray.shutdown()
+
+
+def start_kept_cluster() -> None:
+    """`ray start --head` on loopback, unless one runs."""
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    env = os.environ | environment() | {"RAY_AUTH_MODE": "token"}
+    if subprocess.run([ray_command, "status"], env=env, capture_output=True, check=False).returncode == 0:
+        return
+    command = [ray_command, "start", "--head", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
+               f"--num-cpus={logical_cpus()}", "--disable-usage-stats"]
+    started = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if started.returncode:
+        raise RuntimeError(f"ray start failed: {started.stderr.strip()[-500:]}")

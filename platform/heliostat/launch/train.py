@@ -1,0 +1,118 @@
+"""Training through Ray Train: workers are started, watched and started again; the loop does the rest."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from heliostat.recipe import Recipe, Refused, build, write_atomically
+from heliostat.train import ledger
+from heliostat.train.loop import METRICS_FILE, OUTCOME_FILE, STOP_FILE, DiskFull, read_metrics, train
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """On each worker. What would fail again is written down instead of raised, so that it is not tried again."""
+    run_dir = Path(config["run_dir"])
+    try:
+        train(build(config["recipe"]), Path(config["prepared"]), run_dir,
+              resume=Path(config["resume"]) if config["resume"] else None, lineage=config["lineage"])
+    except Refused as error:
+        write_atomically(run_dir / OUTCOME_FILE, json.dumps(
+            {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}))
+    except DiskFull as error:
+        outcome = json.dumps({"status": "failed", "error": str(error)})
+        try:
+            write_atomically(run_dir / OUTCOME_FILE, outcome)
+        except OSError:
+            raise error from None  # no room for a word: the error itself has to travel
+
+
+def fit(
+    recipe: Recipe, prepared: Path, run_dir: Path, *, resume: Path | None = None, lineage: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train on the connected cluster; returns the outcome with losses, ledger and attempts.
+
+    The first Ctrl-C lets the run write a checkpoint and end; a second one ends at once."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    started = time.time()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    recipe.save(run_dir / "recipe.json")
+    for leftover in (OUTCOME_FILE, STOP_FILE):
+        (run_dir / leftover).unlink(missing_ok=True)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = recipe.parallelism.use_gpu if recipe.parallelism.use_gpu is not None else gpus >= recipe.parallelism.workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"), "prepared": str(prepared), "run_dir": str(run_dir),
+            "resume": str(resume) if resume else "", "lineage": lineage or {},
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.parallelism.workers, use_gpu=use_gpu,
+            resources_per_worker={"CPU": recipe.parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="train", storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=recipe.checkpoint.max_failures),
+        ),
+    )
+    _fit_until_done_or_stopped(trainer, run_dir)
+    outcome = json.loads((run_dir / OUTCOME_FILE).read_text())
+    if outcome["status"] == "refused":
+        raise Refused(outcome["field"], outcome["reason"], outcome["suggestion"])
+    return outcome | report(run_dir, started)
+
+
+def report(run_dir: Path, started: float) -> dict[str, Any]:
+    """The curves and the ledger of a run."""
+    records = read_metrics(run_dir / METRICS_FILE)
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "validation" in record]
+    book = ledger.summarise(run_dir / "ledger", started, time.time())
+    return {
+        "losses": [record["loss"] for record in steps],
+        "grad_norms": [record["grad_norm"] for record in steps],
+        "metrics": {f"validation.{k}": v for k, v in evaluations[-1]["validation"].items()} if evaluations else {},
+        "ledger": book, "goodput": book["goodput"], "attempts": book["attempts"],
+    }
+
+
+def _fit_until_done_or_stopped(trainer: Any, run_dir: Path) -> None:
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            errors.append(error)
+
+    interrupts = 0
+
+    def on_interrupt(*_: Any) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            raise KeyboardInterrupt
+        (run_dir / STOP_FILE).touch()
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, on_interrupt) if main else None
+    # Ray Train's own handler would drop the run without a checkpoint; off the main thread it sets none.
+    thread = threading.Thread(target=target, name="fit", daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.2)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if errors:
+        raise errors[0]

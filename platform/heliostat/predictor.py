@@ -1,0 +1,59 @@
+"""A bundle that answers: requests in, predictions out. Serving and explaining ask models only so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from heliostat import evaluate
+from heliostat.models.bundle import Bundle, verify
+from heliostat.recipe import Refused, override
+from heliostat.tasks import get_task
+
+
+class Predictor:
+    """A bundle's model, task and processor, on CPU. Not for use by several threads at once."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, bfloat16: bool = False) -> None:
+        """`threads`: processors of one prediction (None: as torch is set). Raises Refused for a bundle whose
+        files are not those of its card."""
+        verify(bundle)
+        self.bundle, self.threads, self.bfloat16 = bundle, threads, bfloat16
+        # Packing would join the inputs of a language model into rows that belong to none of them.
+        self.task = get_task(override(bundle.recipe, {"data.pack": False}), bundle.card["facts"])
+        self.processor = bundle.processor()
+        self.model = bundle.model()
+
+    def predict(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One prediction for each input, in their order. Raises Refused, naming an input that is wrong."""
+        return self.predict_rows(self.rows(inputs)) if inputs else []
+
+    def rows(self, inputs: list[dict[str, Any]]) -> pa.Table:
+        """The inputs as prepared rows, one each. Raises Refused, naming an input that is wrong."""
+        try:
+            table = self._prepare(inputs)
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; UTF-8 cannot
+            raise Refused("inputs", f"a text is not valid Unicode: {error.reason}") from error
+        if table.num_rows != len(inputs):  # a task may drop rows that hold nothing to predict
+            empty = next((i for i, item in enumerate(inputs) if self._prepare([item]).num_rows != 1), 0)
+            raise Refused(f"inputs.{empty}", "nothing is left of it once it is tokens")
+        return table
+
+    def _prepare(self, inputs: list[dict[str, Any]]) -> pa.Table:
+        return self.task.prepare(self.task.parse(inputs), self.processor, "the request")
+
+    @torch.inference_mode()
+    def predict_rows(self, table: pa.Table) -> list[dict[str, Any]]:
+        """One prediction for each prepared row, in their order; rows of like length share a forward pass."""
+        if self.threads and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)  # here, since the count belongs to the thread that computes
+        predictions: list[dict[str, Any]] = [{}] * table.num_rows
+        for numbers, batch in evaluate.batches(self.task, table):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+                outputs = self.task.outputs(self.model, batch)
+            found = self.task.predictions(outputs, batch)
+            for number, prediction in zip(numbers.tolist(), found, strict=True):
+                predictions[number] = prediction
+        return predictions
