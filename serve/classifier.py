@@ -176,7 +176,7 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     bundle that is not whole."""
     _load(bundle_path)  # it must answer here first: Serve would stop every replica that cannot load it
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
-    deployment = serve.deployment(_classifier(settings), name="classifier").options(
+    deployment = serve.deployment(name="classifier")(_classifier(settings)).options(
         # Serve takes any two calls for different code, and restarts the replicas; where the version is the
         # same it only swaps the bundle. It offers this to itself alone.
         version=hashlib.sha256(code.encode()).hexdigest()[:12],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_micro_batches_are_equally_many_and_fill_only_where_rows_are_missing(
 
 @given(loaders(), numbers, numbers)
 def test_fill_gives_micro_batches_of_one_shape_and_number(loader: Loader, count: int, size: int) -> None:
-    expected = -(-(-(-loader.global_batch_size // count)) // size)
+    expected = math.ceil(math.ceil(loader.global_batch_size / count) / size)
     for batch in range(loader.batches_per_epoch):
         for index in range(count):
             share = loader.read(Cursor(0, batch), Coordinate(index, count), size, fill=True)
@@ -86,7 +87,8 @@ def test_fill_gives_micro_batches_of_one_shape_and_number(loader: Loader, count:
 
 @given(loaders(), st.integers(0, 5))
 def test_rows_and_ids_belong_together(loader: Loader, epoch: int) -> None:
-    by_id = dict(zip(loader.table.column("sample_id").to_pylist(), loader.table.column("length").to_pylist(), strict=True))
+    ids, lengths = (loader.table.column(name).to_pylist() for name in ("sample_id", "length"))
+    by_id = dict(zip(ids, lengths, strict=True))
     for rows in loader.read(Cursor(epoch, 0), Coordinate(0, 2), 3):
         assert [by_id[sample] for sample in rows.sample_ids.tolist()] == rows.column("length").to_pylist()
 

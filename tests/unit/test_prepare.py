@@ -51,7 +51,8 @@ def recipe_for(folder: Path, source: str, **overrides: Any) -> Recipe:
 
 def rows_of(prepared: Prepared, split: str) -> list[dict[str, Any]]:
     return [
-        {name: row[name] for name in ("text", "label", "input_ids")} for row in open_split(prepared.folder, split).to_pylist()
+        {name: row[name] for name in ("text", "label", "input_ids")}
+        for row in open_split(prepared.folder, split).to_pylist()
     ]
 
 
@@ -189,7 +190,7 @@ def test_a_bad_row_is_named_by_its_number_in_the_file(column: str, value: Any, r
 
 
 def test_a_label_that_training_lacks(tmp_path: Path) -> None:
-    train, test = write(source_rows(), tmp_path / "a.csv"), write(source_rows(20, 5), tmp_path / "b.csv")
+    train = write(source_rows(), tmp_path / "a.csv")
     rows = source_rows(20, 5).set_column(1, "label", pa.array(["dark"] * 13 + ["grey"] + ["bright"] * 6))
     test = write(rows, tmp_path / "b.csv")
     error = refused(recipe_for(tmp_path, train, **{"data.test": test}))
@@ -254,11 +255,13 @@ def test_splits_are_disjoint_and_duplicates_stay_together(tmp_path: Path) -> Non
 def test_rows_of_a_named_split_are_kept_out_of_the_earlier_ones(tmp_path: Path) -> None:
     rows = source_rows(60)
     train = write(rows, tmp_path / "train.csv")
-    validation, test = write(rows.slice(0, 20), tmp_path / "validation.csv"), write(rows.slice(10, 20), tmp_path / "test.csv")
+    validation = write(rows.slice(0, 20), tmp_path / "validation.csv")
+    test = write(rows.slice(10, 20), tmp_path / "test.csv")
     prepared, _ = prepare(recipe_for(tmp_path, train, **{"data.validation": validation, "data.test": test}))
     everything = rows.column("text").to_pylist()
     got = {split: sorted(row["text"] for row in rows_of(prepared, split)) for split in SPLITS}
-    assert got == {"test": sorted(everything[10:30]), "validation": sorted(everything[:10]), "train": sorted(everything[30:])}
+    expected = {"test": everything[10:30], "validation": everything[:10], "train": everything[30:]}
+    assert got == {split: sorted(texts) for split, texts in expected.items()}
     assert prepared.meta["dropped_duplicates"] == 40
 
 

@@ -113,8 +113,8 @@ def test_workers_must_be_a_multiple(workers: int, fsdp: int, tensor: int, pipeli
     error = refused({"parallelism": {"workers": workers, "fsdp": fsdp, "tensor": tensor, "pipeline": pipeline}})
     assert error.field == "parallelism"
     proposed = int(str(error).split("use workers=")[1].split(")")[0].split(",")[0])
-    build(BASE | {"training": {"global_batch_size": 64}, "parallelism": {"workers": proposed, "fsdp": fsdp, "tensor": tensor,
-                                                                         "pipeline": pipeline}})
+    parallelism = {"workers": proposed, "fsdp": fsdp, "tensor": tensor, "pipeline": pipeline}
+    build(BASE | {"training": {"global_batch_size": 64}, "parallelism": parallelism})
 
 
 def test_fewer_micro_batches_than_stages() -> None:

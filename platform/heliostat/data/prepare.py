@@ -211,7 +211,8 @@ def _some_rows(task: Task, parts: list[Part], codes: list[np.ndarray]) -> pa.Tab
 
 def _named_rows(table: pa.Table, name: str) -> pa.Table:
     """With a column that says where each row came from: a row keeps its number when others are filtered out."""
-    return table.append_column(ROW_NAME, pa.array([f"row {row} of {name}" for row in range(table.num_rows)], pa.string()))
+    names = [f"row {row} of {name}" for row in range(table.num_rows)]
+    return table.append_column(ROW_NAME, pa.array(names, pa.string()))
 
 
 @dataclass(frozen=True)

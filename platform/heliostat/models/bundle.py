@@ -103,7 +103,9 @@ def read(path: Path, verify_files: bool = True) -> Bundle:
         card = json.loads(card_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Refused("bundle", f"{card_path} is not JSON: {error}") from error
-    if card.get("version", 0) > BUNDLE_VERSION:
+    if not isinstance(card, dict) or not isinstance(card.get("version"), int):
+        raise Refused("bundle", f"{card_path} is not a bundle's card")
+    if card["version"] > BUNDLE_VERSION:
         raise Refused("bundle", f"{path} was written by a newer Heliostat", "upgrade this one")
     bundle = Bundle(path, card)
     if verify_files:
@@ -135,7 +137,7 @@ def digests(path: Path) -> dict[str, str]:
     """SHA-256 of every file but the card, by relative name."""
     found = {}
     for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name != CARD:
+        if file.is_file() and file != path / CARD:
             with file.open("rb") as stream:
                 found[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

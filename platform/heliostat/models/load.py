@@ -50,7 +50,9 @@ def transformers_config(model: Model, **fields: Any) -> transformers.PretrainedC
     unknown = [key for key in own if not hasattr(config, key)]
     if unknown:
         raise Refused(f"model.config.{unknown[0]}", f"{type(config).__name__} has no such field")
-    config = type(config).from_dict(config.to_dict() | own | fields)
+    # Backbones derive these from `depths`; the defaults' would not fit another depth.
+    inherited = {k: v for k, v in config.to_dict().items() if k not in ("stage_names", "out_features", "out_indices")}
+    config = type(config).from_dict(inherited | own | fields)
     if model.dropout is not None:
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
@@ -149,7 +151,7 @@ def train_tokenizer(texts: list[str], size: int) -> Any:
         vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((text for text in texts if isinstance(text, str)), trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 

@@ -216,8 +216,10 @@ def encode_labels(table: pa.Table, column: str, labels: list[str], field_name: s
     codes = []
     for row, value in enumerate(table.column(column).to_pylist()):
         if value is None or str(value) not in index:
-            raise Refused(field_name, f"{row_name(table, row, where)} has the label {value!r}, which no training row has",
-                          "remove the row, or name the right column")
+            raise Refused(
+                field_name, f"{row_name(table, row, where)} has the label {value!r}, which no training row has",
+                "remove the row, or name the right column",
+            )
         codes.append(index[str(value)])
     return pa.array(codes, pa.int32())
 

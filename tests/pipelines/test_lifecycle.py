@@ -1,0 +1,124 @@
+"""The whole life of a model, on a small recipe: a better challenger is promoted, a worse one is not, and what has not
+changed is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+
+from tests.pipelines.jobs import ROOT, Done, run, start
+from tests.pipelines.test_train import wait_for
+from tests.recipes import tiny_bert
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lifecycle")
+    recipe = tiny_bert(folder, **{
+        "schedule.max_steps": 150, "optimizer.lr": 2e-3, "parallelism.workers": 2, "deploy.port": free_port(),
+        "tune.num_trials": 2, "tune.reports": 2,
+        "tune.space": {"optimizer.lr": {"kind": "log_uniform", "low": 1.5e-3, "high": 3e-3}},
+    })
+    recipe.save(folder / "recipe.json")
+    return folder / "recipe.json"
+
+
+def ok(done: Done) -> Done:
+    assert done.code == 0, done.stderr[-4000:]
+    return done
+
+
+def test_lifecycle(recipe_file: Path, tmp_path: Path) -> None:
+    # A champion that has hardly learned.
+    weak = ok(run("train", str(recipe_file), "--schedule.max-steps", "1", "--optimizer.lr", "1e-6"))
+    ok(run("register", str(recipe_file), "--bundle", weak.answer["bundle"]))
+
+    first = ok(run("lifecycle", str(recipe_file))).answer
+    assert first["promoted"] is True, first["gate"]
+    assert first["champion"] == first["version"] == 2
+    assert first["gate"]["lower_bound"] > 0
+    assert first["gate"]["against"] == "champion version 1"
+    low, high = first["metrics"]["test.accuracy.ci95"]
+    assert low <= first["metrics"]["test.accuracy"] <= high
+    assert [answer["label"] in ("dark", "bright") for answer in first["answers"]] == [True, True]
+
+    again = ok(run("lifecycle", str(recipe_file))).answer
+    unchanged = {row["stage"] for row in again["stages"] if row["unchanged"]}
+    assert unchanged == {"tune", "train", "evaluate"}
+    assert again["champion"] == 2
+    assert again["metrics"] == first["metrics"]
+
+    worse = ok(run("lifecycle", str(recipe_file), "--schedule.max-steps", "1", "--tune.space", "{}",
+                   "--optimizer.lr", "1e-6", "--seed", "0")).answer
+    assert worse["promoted"] is False
+    assert worse["champion"] == 2, "the champion stays and is what is deployed"
+
+    # The champion is what the other jobs take.
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("sun salt mirror", "noon shade cloud")))
+    predicted = ok(run("predict", str(recipe_file), "--input", str(texts))).answer
+    table = pq.read_table(predicted["predictions"])
+    assert table.num_rows == 2
+    assert set(table.column("predicted_label").to_pylist()) <= {"dark", "bright"}
+    evaluated = ok(run("evaluate", str(recipe_file))).answer
+    assert evaluated["metrics"]["test.accuracy"] == pytest.approx(first["metrics"]["test.accuracy"])
+
+
+def test_deploy_serves_until_interrupted(recipe_file: Path) -> None:
+    port = json.loads(recipe_file.read_text())["deploy"]["port"]
+    process = start("deploy", str(recipe_file))
+
+    def answers() -> bool:
+        assert process.poll() is None, process.stderr.read()[-3000:]  # type: ignore[union-attr]
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    wait_for(answers)
+    answer = httpx.post(f"http://127.0.0.1:{port}/predict", json={"inputs": [{"text": "sun salt"}]}, timeout=10)
+    assert answer.status_code == 200, answer.text
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr[-3000:]
+    assert json.loads(stdout.strip().splitlines()[-1])["endpoint"].endswith(str(port))
+
+
+@pytest.mark.slow
+def test_submitted_job_and_kept_cluster(recipe_file: Path, tmp_path: Path) -> None:
+    """`ray job submit` on a cluster that `--keep` left running, then `make stop` leaves nothing."""
+    storage = json.loads(recipe_file.read_text())["storage"]
+    kept = ok(run("deploy", str(recipe_file), "--keep"))
+    ray = str(Path(sys.executable).with_name("ray"))
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "http://127.0.0.1:8265"}
+    try:
+        assert httpx.get(kept.answer["endpoint"] + "/healthz", timeout=10).status_code == 200
+        submitted = subprocess.run(
+            [ray, "job", "submit", "--runtime-env", "runtime_env.yaml", "--working-dir", ".", "--",
+             f"python -m pipelines.train {recipe_file} --schedule.max-steps 4 --run-name submitted"],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-2000:]
+        result = json.loads((Path(storage) / "runs" / "submitted" / "result.json").read_text())
+        assert result["status"] == "done"
+        assert len(result["losses"]) == 4
+    finally:
+        stopped = subprocess.run([sys.executable, "-m", "pipelines.stop", "--storage", storage], cwd=ROOT, env=env,
+                                 capture_output=True, text=True, timeout=120, check=False)
+    assert stopped.returncode == 0, stopped.stderr
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(kept.answer["endpoint"] + "/healthz", timeout=5)
