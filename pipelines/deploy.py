@@ -15,7 +15,7 @@ def run(job: Job) -> dict[str, Any]:
     bundle = bundles.read(chosen_bundle(job))
     with connect(job.recipe, job.options.address, job.options.keep):
         endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)
-        print(f"serving {bundle.path} at {endpoint}")
+        print(f"serving {bundle.path} at {endpoint}", flush=True)
         try:
             while not (job.options.keep or job.options.address):
                 time.sleep(1)  # until Ctrl-C: the cluster lives as long as this job

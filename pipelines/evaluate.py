@@ -17,7 +17,9 @@ from pipelines.job import Job, main
 from pipelines.register import chosen_bundle
 
 
-def evaluate_split(bundle: Bundle, prepared: Any, split: str, bfloat16: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def evaluate_split(
+    bundle: Bundle, prepared: Any, split: str, bfloat16: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Figures of a split with a 95% bootstrap interval of the task's metric; and the sums behind them, by row."""
     torch.set_num_threads(this_machine().cpus)
     task, table = bundle.task(), open_split(prepared.folder, split)
@@ -27,14 +29,19 @@ def evaluate_split(bundle: Bundle, prepared: Any, split: str, bfloat16: bool) ->
     figures[f"{split}.{task.metric}.ci95"] = [low, high]
     if logits is not None and "label" in table.column_names:
         figures[f"{split}.confusion"] = confusion(
-            table.column("label").to_numpy(), logits.argmax(-1).numpy(), logits.shape[1])
+            table.column("label").to_numpy(), logits.argmax(-1).numpy(), logits.shape[1]
+        )
     return figures, rows
 
 
 def check_same_data(recipe: Recipe, bundle: Bundle, fingerprint: str) -> None:
     if bundle.card["facts"].get("labels") and bundle.card["data"]["fingerprint"] != fingerprint:
-        raise Refused("bundle", f"{bundle.path} was trained on data {bundle.card['data']['fingerprint']}, this recipe's are "
-                      f"{fingerprint}: their splits may overlap", "evaluate it with the recipe it was trained with")
+        raise Refused(
+            "bundle",
+            f"{bundle.path} was trained on data {bundle.card['data']['fingerprint']}, this recipe's are "
+            f"{fingerprint}: their splits may overlap",
+            "evaluate it with the recipe it was trained with",
+        )
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def find_recipe(name: str) -> Recipe:
         return load(Path(name).expanduser())
     path = BUILT_IN.get(name, name)
     if ":" not in path:
-        raise Refused("recipe", f"no recipe {name!r}", nearest(name, list(BUILT_IN)) or f"there are: {', '.join(BUILT_IN)}")
+        raise Refused(
+            "recipe", f"no recipe {name!r}", nearest(name, list(BUILT_IN)) or f"there are: {', '.join(BUILT_IN)}"
+        )
     sys.path.insert(0, os.getcwd())  # a recipe of the user's own lies where the job was started
     recipe = load_object(path, "recipe")()
     if not isinstance(recipe, Recipe):
@@ -80,8 +82,11 @@ def _json_field() -> tyro.constructors.ConstructorRegistry:
         if info.type is not dict and getattr(info.type, "__origin__", None) is not dict:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar="JSON", instance_from_str=lambda words: json.loads(words[0]),
-            is_instance=lambda value: isinstance(value, dict), str_from_instance=lambda value: [_dump(value)],
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: json.loads(words[0]),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [_dump(value)],
         )
 
     return registry
@@ -103,7 +108,9 @@ def parse(words: list[str]) -> tuple[Recipe, Options]:
     elif {"-h", "--help"} & set(words):
         recipe = find_recipe("sentiment")
     else:
-        raise Refused("recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function")
+        raise Refused(
+            "recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function"
+        )
     names = field_paths() + [option.name for option in dataclasses.fields(Options)]
     for word in words:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
@@ -126,11 +133,15 @@ def _refusal(event: Any) -> Refused:
     argument = getattr(event, "argument", None)
     field = argument.lowered.name_or_flags[0].lstrip("-").replace("-", "_") if argument is not None else "arguments"
     choices = getattr(event, "choices", ())
-    message = str(getattr(event, "message", "") or f"got {getattr(event, 'value', '') or getattr(event, 'tokens', '')!r}")
+    message = str(
+        getattr(event, "message", "") or f"got {getattr(event, 'value', '') or getattr(event, 'tokens', '')!r}"
+    )
     if found := re.match(r"\d+ validation errors? for (\w+)\n(?:([\w.]+)\n)?\s+(.*?) \[type=", message):
         section, leaf, message = found.groups()
-        prefix = next((name for name, info in Recipe.model_fields.items()
-                       if getattr(info.annotation, "__name__", "") == section), "")
+        prefix = next(
+            (name for name, info in Recipe.model_fields.items() if getattr(info.annotation, "__name__", "") == section),
+            "",
+        )
         field = ".".join(part for part in (prefix, leaf) if part) or "recipe"
     return Refused(field, message.removeprefix("Value error, "), f"one of {', '.join(choices)}" if choices else "")
 
@@ -173,7 +184,8 @@ def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
     if options.resume == "last":
         # Runs carry the time in their names' end and their recipe's name in front.
         candidates = sorted(
-            (path for path in runs.glob(f"{recipe.name}-*") if (path / "checkpoints").is_dir()), key=lambda p: p.stat().st_mtime
+            (path for path in runs.glob(f"{recipe.name}-*") if (path / "checkpoints").is_dir()),
+            key=lambda p: p.stat().st_mtime,
         )
         if not candidates:
             raise Refused("resume", f"no run of {recipe.name} in {runs} has a checkpoint", "start one without --resume")

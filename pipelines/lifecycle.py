@@ -25,6 +25,10 @@ from pipelines.job import Job, main
 from serve.classifier import deploy
 
 
+SHAPING = ("task", "seed", "model", "data", "optimizer", "schedule", "training", "parallelism")
+"""Sections of a recipe that shape the trained weights."""
+
+
 class Stages:
     """Runs stages in turn, keeps their seconds, and remembers their results by what went in."""
 
@@ -44,8 +48,14 @@ class Stages:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(memo, json.dumps(result))
         seconds = time.perf_counter() - started
-        self.rows.append({"stage": name, "seconds": round(seconds, 1), "unchanged": bool(done),
-                          "compute_s": None if done else result.get("compute_s")})
+        self.rows.append(
+            {
+                "stage": name,
+                "seconds": round(seconds, 1),
+                "unchanged": bool(done),
+                "compute_s": None if done else result.get("compute_s"),
+            }
+        )
         print(f"{name}: {'unchanged, not done again' if done else f'{seconds:.0f} s'}", flush=True)
         return result
 
@@ -53,8 +63,14 @@ class Stages:
 def run(job: Job) -> dict[str, Any]:
     recipe, options = job.recipe, job.options
     if options.full:
-        recipe = override(recipe, {"tune.num_trials": 3 * recipe.tune.num_trials, "tune.limit": None,
-                                   "schedule.epochs": 1.5 * recipe.schedule.epochs})
+        recipe = override(
+            recipe,
+            {
+                "tune.num_trials": 3 * recipe.tune.num_trials,
+                "tune.limit": None,
+                "schedule.epochs": 1.5 * recipe.schedule.epochs,
+            },
+        )
     stages = Stages(recipe, options.fresh)
     kept: list[Prepared] = []
 
@@ -85,7 +101,11 @@ def run(job: Job) -> dict[str, Any]:
         best = recipe
         if recipe.tune.space:
             best = build(stages("tune", do_tune, f"{inputs}-{recipe.digest()}")["best_recipe"])
-        trained = stages("train", do_train, f"{inputs}-{best.digest('task', 'seed', 'model', 'data', 'optimizer', 'schedule', 'training', 'parallelism')}")
+        trained = stages(
+            "train",
+            do_train,
+            f"{inputs}-{best.digest(*SHAPING)}",
+        )
         if trained["status"] in ("failed", "interrupted"):
             return trained
         bundle = bundles.read(Path(trained["bundle"]))
@@ -104,10 +124,18 @@ def run(job: Job) -> dict[str, Any]:
             pages["mlflow"] = page(recipe)
     table(stages.rows, metrics, decision, endpoint, answers, pages, options.keep)
     return {
-        "status": "done", "promoted": decision["better"], "gate": decision, "version": version["version"],
-        "champion": served.version if served else None, "endpoint": endpoint if options.keep else None,
-        "answers": answers, "stages": stages.rows, "bundle": str(bundle.path), "metrics": metrics,
-        "best_recipe": best.model_dump(mode="json"), "compute_s": trained.get("compute_s"),
+        "status": "done",
+        "promoted": decision["better"],
+        "gate": decision,
+        "version": version["version"],
+        "champion": served.version if served else None,
+        "endpoint": endpoint if options.keep else None,
+        "answers": answers,
+        "stages": stages.rows,
+        "bundle": str(bundle.path),
+        "metrics": metrics,
+        "best_recipe": best.model_dump(mode="json"),
+        "compute_s": trained.get("compute_s"),
         "connected_s": round(time.perf_counter() - connected, 1),
     }
 
@@ -127,11 +155,19 @@ def gate(recipe: Recipe, bundle: bundles.Bundle, prepared: Prepared, bfloat16: b
         if found is None:
             return {"against": "nothing", "better": True}
         other = found
-    return {"against": against, "same": False} | gain(task, challenger, other, recipe.gate.confidence, recipe.gate.resamples)
+    return {"against": against, "same": False} | gain(
+        task, challenger, other, recipe.gate.confidence, recipe.gate.resamples
+    )
 
 
-def do_register(recipe: Recipe, bundle: bundles.Bundle, decision: dict[str, Any], metrics: dict[str, Any],
-                run_dir: Path, log_id: list[str | None]) -> dict[str, Any]:
+def do_register(
+    recipe: Recipe,
+    bundle: bundles.Bundle,
+    decision: dict[str, Any],
+    metrics: dict[str, Any],
+    run_dir: Path,
+    log_id: list[str | None],
+) -> dict[str, Any]:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     run_id = log_run(recipe, bundle.path.parent, metrics=numbers)
     version = register(recipe, bundle, run_id, {"promoted": str(decision["better"]).lower()})
@@ -148,8 +184,12 @@ def ask(endpoint: str, bundle: bundles.Bundle) -> dict[str, Any]:
     inputs = [{"text": text} for text in sentences] if "text" in task.example() else [task.example()]
     answer = httpx.post(f"{endpoint}/predict", json={"inputs": inputs}, timeout=60)
     answer.raise_for_status()
-    return {"answers": [{"input": str(next(iter(item.values())))[:60], **{k: v for k, v in prediction.items() if k != "scores"}}
-                        for item, prediction in zip(inputs, answer.json()["predictions"], strict=True)]}
+    return {
+        "answers": [
+            {"input": str(next(iter(item.values())))[:60], **{k: v for k, v in prediction.items() if k != "scores"}}
+            for item, prediction in zip(inputs, answer.json()["predictions"], strict=True)
+        ]
+    }
 
 
 def page(recipe: Recipe) -> str:
@@ -162,8 +202,15 @@ def page(recipe: Recipe) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def table(rows: list[dict[str, Any]], metrics: dict[str, Any], decision: dict[str, Any], endpoint: str | None,
-          answers: list[dict[str, Any]], pages: dict[str, str], keep: bool) -> None:
+def table(
+    rows: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    decision: dict[str, Any],
+    endpoint: str | None,
+    answers: list[dict[str, Any]],
+    pages: dict[str, str],
+    keep: bool,
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -176,13 +223,17 @@ def table(rows: list[dict[str, Any]], metrics: dict[str, Any], decision: dict[st
     for name, value in metrics.items():
         if not name.endswith("confusion"):
             console.print(f"{name}: {value}")
-    console.print(f"gate: {'promoted' if decision['better'] else 'not promoted'} against {decision['against']} {decision}")
+    console.print(
+        f"gate: {'promoted' if decision['better'] else 'not promoted'} against {decision['against']} {decision}"
+    )
     for answer in answers:
         console.print(str(answer))
     console.print(f"MLflow: {pages['mlflow']}")
     if keep:
-        console.print(f"endpoint: {endpoint}/docs\nRay dashboard: http://127.0.0.1:8265 (asks for the token that "
-                      "`ray get-auth-token` prints)\n`make stop` ends all of it")
+        console.print(
+            f"endpoint: {endpoint}/docs\nRay dashboard: http://127.0.0.1:8265 (asks for the token that "
+            "`ray get-auth-token` prints)\n`make stop` ends all of it"
+        )
 
 
 if __name__ == "__main__":

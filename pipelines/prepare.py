@@ -13,8 +13,13 @@ def run(job: Job) -> dict[str, Any]:
     with connect(job.recipe, job.options.address):
         prepared, made = prepare(job.recipe, run_on_ray)
     print(f"{'prepared' if made else 'already prepared'}: {prepared.folder}")
-    return {"data": str(prepared.folder), "fingerprint": prepared.fingerprint, "rows": prepared.meta["rows"],
-            "made": made, "metrics": {f"rows.{split}": count for split, count in prepared.meta["rows"].items()}}
+    return {
+        "data": str(prepared.folder),
+        "fingerprint": prepared.fingerprint,
+        "rows": prepared.meta["rows"],
+        "made": made,
+        "metrics": {f"rows.{split}": count for split, count in prepared.meta["rows"].items()},
+    }
 
 
 if __name__ == "__main__":

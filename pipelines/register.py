@@ -24,14 +24,19 @@ def chosen_bundle(job: Job) -> Path:
         return version.path
     if newest := newest_bundle(job):
         return newest
-    raise Refused("bundle", f"{job.recipe.name} has no bundle in {job.recipe.storage_path}",
-                  f"python -m pipelines.train {job.recipe.name}, or --bundle FOLDER")
+    raise Refused(
+        "bundle",
+        f"{job.recipe.name} has no bundle in {job.recipe.storage_path}",
+        f"python -m pipelines.train {job.recipe.name}, or --bundle FOLDER",
+    )
 
 
 def run(job: Job) -> dict[str, Any]:
     path = Path(job.options.bundle).expanduser().absolute() if job.options.bundle else newest_bundle(job)
     if path is None:
-        raise Refused("bundle", f"{job.recipe.name} has no run with a bundle", f"python -m pipelines.train {job.recipe.name}")
+        raise Refused(
+            "bundle", f"{job.recipe.name} has no run with a bundle", f"python -m pipelines.train {job.recipe.name}"
+        )
     bundle = bundles.read(path)
     version = register(job.recipe, bundle, None, {"promoted": "true"})
     promote(job.recipe, version)

@@ -43,9 +43,10 @@ class Question(Body):
 
 
 class Answer(Body):
-    predictions: Annotated[list[dict[str, Any]], Field(examples=[
-        [{"label": "bright", "score": 0.9, "scores": {"bright": 0.9, "dark": 0.1}}]
-    ])]
+    predictions: Annotated[
+        list[dict[str, Any]],
+        Field(examples=[[{"label": "bright", "score": 0.9, "scores": {"bright": 0.9, "dark": 0.1}}]]),
+    ]
     """One for each input, in their order. Classifiers: `label`, `score` and the `scores` of all labels."""
     bundle: str
     """The first 12 digits of the digest of the bundle that made all of them."""
@@ -221,8 +222,11 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
         _check_port(deploy.host, deploy.port)
         serve.start(http_options={"host": deploy.host, "port": deploy.port})
     elif client.http_config.port != deploy.port:
-        raise Refused("deploy.port", f"Serve runs on port {client.http_config.port} of this cluster, "
-                      f"not on {deploy.port}", "use that port, or stop it with `serve shutdown`")
+        raise Refused(
+            "deploy.port",
+            f"Serve runs on port {client.http_config.port} of this cluster, not on {deploy.port}",
+            "use that port, or stop it with `serve shutdown`",
+        )
     serve.run(app, name=name, route_prefix="/", blocking=False)
     host = "127.0.0.1" if deploy.host == "0.0.0.0" else deploy.host
     return f"http://{host}:{deploy.port}"
@@ -234,5 +238,8 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise Refused("deploy.port", f"{host}:{port} cannot be used: {error.strerror}",
-                          "stop what listens there, or choose another port") from error
+            raise Refused(
+                "deploy.port",
+                f"{host}:{port} cannot be used: {error.strerror}",
+                "stop what listens there, or choose another port",
+            ) from error

@@ -16,8 +16,6 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     environment = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'platform'}", "OMP_NUM_THREADS": "1"}
-    ray.init(
-        "local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
-    )
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()

@@ -10,7 +10,23 @@ from typing import Any
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.recipe import Recipe, build, override
 
-WORDS = (["sun", "salt", "mirror", "tower", "heat", "field", "ray", "angle", "track", "storage", "turbine", "steam", "cloud", "noon", "shade"])
+WORDS = [
+    "sun",
+    "salt",
+    "mirror",
+    "tower",
+    "heat",
+    "field",
+    "ray",
+    "angle",
+    "track",
+    "storage",
+    "turbine",
+    "steam",
+    "cloud",
+    "noon",
+    "shade",
+]
 
 
 def text_file(folder: Path, rows: int = 33, seed: int = 0) -> Path:
@@ -28,35 +44,71 @@ def text_file(folder: Path, rows: int = 33, seed: int = 0) -> Path:
 
 def tiny_llama(folder: Path, **overrides: Any) -> Recipe:
     """A Llama of two blocks, trained from scratch on documents of uneven length."""
-    recipe = build({
-        "name": "tiny", "task": "language_model", "storage": str(folder / "storage"),
-        "model": {"tokenizer": "train:300", "config": {
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-            "tie_word_embeddings": False,
-        }},
-        "data": {"train": str(text_file(folder / "source")), "validation": str(text_file(folder / "source", 8, 1)),
-                 "test": str(text_file(folder / "source", 8, 2)), "pack": False, "sequence_length": 48},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0},
-        "schedule": {"max_steps": 10},
-        "training": {"global_batch_size": 8, "micro_batch_size": 2},
-    })
+    recipe = build(
+        {
+            "name": "tiny",
+            "task": "language_model",
+            "storage": str(folder / "storage"),
+            "model": {
+                "tokenizer": "train:300",
+                "config": {
+                    "model_type": "llama",
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "max_position_embeddings": 64,
+                    "tie_word_embeddings": False,
+                },
+            },
+            "data": {
+                "train": str(text_file(folder / "source")),
+                "validation": str(text_file(folder / "source", 8, 1)),
+                "test": str(text_file(folder / "source", 8, 2)),
+                "pack": False,
+                "sequence_length": 48,
+            },
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0},
+            "schedule": {"max_steps": 10},
+            "training": {"global_batch_size": 8, "micro_batch_size": 2},
+        }
+    )
     return override(recipe, overrides)
 
 
 def tiny_bert(folder: Path, **overrides: Any) -> Recipe:
     """A BERT of two blocks that classifies texts, from scratch."""
-    recipe = build({
-        "name": "tiny-texts", "task": "text_classification", "storage": str(folder / "storage"),
-        "model": {"tokenizer": "train:300", "dropout": 0.0, "config": {
-            "model_type": "bert", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}, "max_length": 48},
-        "data": {"train": str(text_file(folder / "source", 96)), "validation": str(text_file(folder / "source", 32, 1)),
-                 "test": str(text_file(folder / "source", 32, 2)), "bucket_batches": 2},
-        "optimizer": {"lr": 1e-3},
-        "schedule": {"max_steps": 20},
-        "training": {"global_batch_size": 16, "micro_batch_size": 8},
-    })
+    recipe = build(
+        {
+            "name": "tiny-texts",
+            "task": "text_classification",
+            "storage": str(folder / "storage"),
+            "model": {
+                "tokenizer": "train:300",
+                "dropout": 0.0,
+                "config": {
+                    "model_type": "bert",
+                    "vocab_size": 300,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "max_position_embeddings": 64,
+                },
+                "max_length": 48,
+            },
+            "data": {
+                "train": str(text_file(folder / "source", 96)),
+                "validation": str(text_file(folder / "source", 32, 1)),
+                "test": str(text_file(folder / "source", 32, 2)),
+                "bucket_batches": 2,
+            },
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"max_steps": 20},
+            "training": {"global_batch_size": 16, "micro_batch_size": 8},
+        }
+    )
     return override(recipe, overrides)
 
 

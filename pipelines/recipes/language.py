@@ -19,10 +19,14 @@ def sentiment() -> Recipe:
     return Recipe(
         name="sentiment",
         task="text_classification",
-        model=Model(name="packaged:minilm", max_length=160,
-                    config={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}),
-        data=Data(train="packaged:reviews/train", test="packaged:reviews/test", validation_fraction=0.15,
-                  bucket_batches=40),
+        model=Model(
+            name="packaged:minilm",
+            max_length=160,
+            config={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
+        ),
+        data=Data(
+            train="packaged:reviews/train", test="packaged:reviews/test", validation_fraction=0.2, bucket_batches=40
+        ),
         optimizer=Optimizer(lr=6e-5, head_lr_scale=5.0),
         schedule=Schedule(epochs=2),
         training=Training(global_batch_size=16, micro_batch_size=8, precision="bfloat16", label_smoothing=0.1),
@@ -34,11 +38,13 @@ def sentiment() -> Recipe:
 def topics() -> Recipe:
     """The 20 newsgroups."""
     base = sentiment()
-    return base.model_copy(update={
-        "name": "topics",
-        "data": Data(train="packaged:newsgroups/train", test="packaged:newsgroups/test", bucket_batches=40),
-        "schedule": Schedule(epochs=3),
-    })
+    return base.model_copy(
+        update={
+            "name": "topics",
+            "data": Data(train="packaged:newsgroups/train", test="packaged:newsgroups/test", bucket_batches=40),
+            "schedule": Schedule(epochs=3),
+        }
+    )
 
 
 def smollm() -> Recipe:
@@ -60,10 +66,18 @@ def tiny_lm() -> Recipe:
     return Recipe(
         name="tiny_lm",
         task="language_model",
-        model=Model(tokenizer="train:4096", config={
-            "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512,
-        }),
+        model=Model(
+            tokenizer="train:4096",
+            config={
+                "model_type": "llama",
+                "hidden_size": 256,
+                "intermediate_size": 704,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 512,
+            },
+        ),
         data=Data(train="packaged:stdlib/functions", sequence_length=256),
         optimizer=Optimizer(lr=1e-3, beta2=0.95, weight_decay=0.1),
         schedule=Schedule(epochs=3),

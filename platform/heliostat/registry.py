@@ -47,7 +47,8 @@ def register(recipe: Recipe, bundle: Bundle, run_id: str | None, tags: Mapping[s
     # Two who register the same files at once would both find no version of them.
     with client(recipe) as mlflow, locked(folder / ".lock"):
         found = [
-            version for version in mlflow.search_model_versions(f"tag.`{DIGEST_TAG}` = '{bundle.digest}'")
+            version
+            for version in mlflow.search_model_versions(f"tag.`{DIGEST_TAG}` = '{bundle.digest}'")
             if version.name == recipe.name
         ]
         path = _copy(bundle, _path(recipe, bundle.digest))
@@ -56,7 +57,9 @@ def register(recipe: Recipe, bundle: Bundle, run_id: str | None, tags: Mapping[s
         if _model(mlflow, recipe) is None:
             mlflow.create_registered_model(recipe.name)
         made = mlflow.create_model_version(
-            recipe.name, _source(recipe, path), run_id,
+            recipe.name,
+            _source(recipe, path),
+            run_id,
             tags={PROMOTED_TAG: "false", **tags, DIGEST_TAG: bundle.digest},
         )
         return _version(recipe, made)
@@ -88,9 +91,7 @@ def get(recipe: Recipe, alias_or_version: str | int) -> Version:
         model = _model(mlflow, recipe)
         if model is None:
             raise Refused("version", f"no version of {recipe.name} is registered", "train and register one")
-        versions = {
-            int(each.version): each for each in mlflow.search_model_versions(f"name = {quoted(recipe.name)}")
-        }
+        versions = {int(each.version): each for each in mlflow.search_model_versions(f"name = {quoted(recipe.name)}")}
         aliases = {alias: int(version) for alias, version in model.aliases.items()}
     number = int(wanted) if wanted.isdecimal() else aliases.get(wanted)
     if number not in versions:
@@ -116,7 +117,8 @@ def _version(recipe: Recipe, found: ModelVersion) -> Version:
     path = _path(recipe, found.tags.get(DIGEST_TAG, "unknown"))  # unknown: registered by other means
     if not path.is_dir():
         raise Refused(
-            "version", f"the bundle of {found.name} version {found.version} is not at {path}",
+            "version",
+            f"the bundle of {found.name} version {found.version} is not at {path}",
             f"it was registered as {found.source}; use the storage that it was trained in",
         )
     card = bundles.read(path, verify_files=False).card

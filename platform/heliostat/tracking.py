@@ -99,7 +99,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def log_run(
-    recipe: Recipe, run_dir: Path, *, metrics: Mapping[str, float], tags: Mapping[str, str] = {},
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str] = {},
 ) -> str | None:
     """Record a finished run, once, and return MLflow's id of it. `metrics`: its summary figures.
 
@@ -116,10 +120,19 @@ def log_run(
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         logger.warning("run %s is not in MLflow yet: %s", run_dir.name, reason)
-        write_atomically(pending, json.dumps({
-            "recipe": recipe.model_dump(mode="json"), "metrics": dict(metrics), "tags": dict(tags),
-            "reason": reason,
-        }, indent=2) + "\n")
+        write_atomically(
+            pending,
+            json.dumps(
+                {
+                    "recipe": recipe.model_dump(mode="json"),
+                    "metrics": dict(metrics),
+                    "tags": dict(tags),
+                    "reason": reason,
+                },
+                indent=2,
+            )
+            + "\n",
+        )
         return None
     pending.unlink(missing_ok=True)
     return run_id
@@ -147,8 +160,12 @@ def _log(
     if found and found[0].data.tags.get(LOGGED_TAG) == "true":
         return found[0].info.run_id
     started = _milliseconds(records[0]["time"] if records else time.time())
-    run = found[0] if found else mlflow.create_run(
-        experiment, start_time=started, tags={**tags, RUN_TAG: run_dir.name}, run_name=run_dir.name
+    run = (
+        found[0]
+        if found
+        else mlflow.create_run(
+            experiment, start_time=started, tags={**tags, RUN_TAG: run_dir.name}, run_name=run_dir.name
+        )
     )
     run_id = run.info.run_id
 
@@ -254,18 +271,34 @@ def start_server(recipe: Recipe, port: int, timeout_s: float = 120.0) -> subproc
     storage.mkdir(parents=True, exist_ok=True)
     store = tracking_uri(recipe) if in_database(recipe) else local_store(recipe)
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1",
-        "--port", str(port), "--workers", "1",
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        store,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
         # Clients see the storage and write artifacts there themselves, so that the same experiment can be
         # used with the server and without.
-        "--no-serve-artifacts", "--default-artifact-root", (storage / "mlflow-artifacts").as_uri(),
+        "--no-serve-artifacts",
+        "--default-artifact-root",
+        (storage / "mlflow-artifacts").as_uri(),
     ]
     # Its job runner serves features that are not used here, with more processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
     log = storage / SERVER_LOG
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,
         )
     deadline = time.monotonic() + timeout_s

@@ -16,7 +16,9 @@ _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers", "heliostat.train.loop", "tests.distributed.harness"])
 
 
-def _rank(rank: int, world: int, rendezvous: str, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _rank(
+    rank: int, world: int, rendezvous: str, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -42,7 +44,8 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout_s: float =
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "rendezvous")
         processes = [
-            _context.Process(target=_rank, args=(rank, world, rendezvous, function, args, results)) for rank in range(world)
+            _context.Process(target=_rank, args=(rank, world, rendezvous, function, args, results))
+            for rank in range(world)
         ]
         for process in processes:
             process.start()

@@ -29,21 +29,36 @@ def tiny_resnet(folder: Path, **overrides: Any) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     for split, start, rows in (("train", 0, 160), ("validation", 160, 40), ("test", 200, 40)):
         pq.write_table(digits.slice(start, rows), folder / f"{split}.parquet")
-    recipe = build({
-        "name": "digits", "task": "image_classification", "storage": str(folder / "storage"),
-        "model": {"sync_batch_norm": True, "config": {
-            "model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16],
-            "depths": [1, 1]}},
-        "data": {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
-                | {"augment": "crop"},
-    })
+    recipe = build(
+        {
+            "name": "digits",
+            "task": "image_classification",
+            "storage": str(folder / "storage"),
+            "model": {
+                "sync_batch_norm": True,
+                "config": {
+                    "model_type": "resnet",
+                    "layer_type": "basic",
+                    "embedding_size": 8,
+                    "hidden_sizes": [8, 16],
+                    "depths": [1, 1],
+                },
+            },
+            "data": {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
+            | {"augment": "crop"},
+        }
+    )
     return override(recipe, overrides)
 
 
 def recipe_of(task: str, folder: Path) -> Recipe:
     training = {
-        "training.global_batch_size": 16, "training.micro_batch_size": 16, "training.precision": "float32",
-        "optimizer.lr": 1e-3, "schedule.max_steps": STEPS, "model.dropout": 0.0,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 16,
+        "training.precision": "float32",
+        "optimizer.lr": 1e-3,
+        "schedule.max_steps": STEPS,
+        "model.dropout": 0.0,
     }
     if task == "language_model":  # 100 documents: the last batch of an epoch has 4
         return tiny_llama(folder, **training, **{"data.train": str(text_file(folder / "source", 100))})
@@ -97,9 +112,11 @@ def passes(model: nn.Sequential, x: torch.Tensor, real: torch.Tensor) -> dict[st
     target = torch.linspace(-1, 1, y[0].numel()).view_as(y[0])
     (((y - target) ** 3).flatten(1).sum(1) * real).sum().backward()
     assert x.grad is not None
-    return {"y": y.detach(), "x.grad": x.grad} | {f"{n}.grad": p.grad for n, p in model.named_parameters()} | {
-        name: buffer.clone() for name, buffer in model.named_buffers()
-    }
+    return (
+        {"y": y.detach(), "x.grad": x.grad}
+        | {f"{n}.grad": p.grad for n, p in model.named_parameters()}
+        | {name: buffer.clone() for name, buffer in model.named_buffers()}
+    )
 
 
 def on_rank(shares: list[list[int]], fill: int) -> dict[str, Any]:
@@ -118,11 +135,15 @@ def on_rank(shares: list[list[int]], fill: int) -> dict[str, Any]:
     return {name: tensor.numpy().copy() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("shares", [
-    [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]],
-    [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10]],
-    [[0, 1, 2, 3, 4], []],
-], ids=["equal", "uneven", "one-rank-has-none"])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]],
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10]],
+        [[0, 1, 2, 3, 4], []],
+    ],
+    ids=["equal", "uneven", "one-rank-has-none"],
+)
 def test_global_batch_norm_equals_the_whole_batch(shares: list[list[int]]) -> None:
     rows = [row for share in shares for row in share]
     expected = passes(network(), inputs(12)[rows], torch.ones(len(rows)))

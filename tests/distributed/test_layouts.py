@@ -17,14 +17,25 @@ LAYOUTS = {
     "ddp": {"parallelism.workers": 4},
     "fsdp2-tensor2": {"parallelism.workers": 4, "parallelism.fsdp": 2, "parallelism.tensor": 2},
     "pipeline2-fsdp2": {"parallelism.workers": 4, "parallelism.pipeline": 2, "parallelism.fsdp": 2},
-    "pipeline2-gpipe-replicate2": {"parallelism.workers": 4, "parallelism.pipeline": 2, "parallelism.schedule": "gpipe"},
+    "pipeline2-gpipe-replicate2": {
+        "parallelism.workers": 4,
+        "parallelism.pipeline": 2,
+        "parallelism.schedule": "gpipe",
+    },
 }
 
 
-def train_here(recipe: Recipe, folder: Path, run_dir: Path, stop_after: int | None = None, resume: Path | None = None) -> Any:
+def train_here(
+    recipe: Recipe, folder: Path, run_dir: Path, stop_after: int | None = None, resume: Path | None = None
+) -> Any:
     steps = iter(range(1_000_000))
-    return train(recipe, folder, run_dir, resume=resume,
-                 should_stop=lambda: stop_after is not None and next(steps) + 1 >= stop_after)
+    return train(
+        recipe,
+        folder,
+        run_dir,
+        resume=resume,
+        should_stop=lambda: stop_after is not None and next(steps) + 1 >= stop_after,
+    )
 
 
 def figures(run_dir: Path) -> list[tuple[float, float, float]]:
@@ -47,12 +58,17 @@ def test_layout_equals_one_process(reference: tuple[Recipe, Path, Path], layout:
     run(4, train_here, override(recipe, LAYOUTS[layout]), data, tmp_path / "run")
     expected, got = figures(one), figures(tmp_path / "run")
     assert len(expected) == len(got) == 10
-    assert len({weight for _, _, weight in expected}) > 2, "the weights of batches must differ for this to mean anything"
+    assert len({weight for _, _, weight in expected}) > 2, (
+        "the weights of batches must differ for this to mean anything"
+    )
     for (loss, norm, weight), (loss_, norm_, weight_) in zip(expected, got, strict=True):
         assert weight_ == weight
         assert loss_ == pytest.approx(loss, rel=1e-5)
         assert norm_ == pytest.approx(norm, rel=1e-4)
-    weights, weights_ = load_file(one / "bundle/model.safetensors"), load_file(tmp_path / "run/bundle/model.safetensors")
+    weights, weights_ = (
+        load_file(one / "bundle/model.safetensors"),
+        load_file(tmp_path / "run/bundle/model.safetensors"),
+    )
     assert weights.keys() == weights_.keys()
     for name in weights:
         assert weights_[name].numpy() == pytest.approx(weights[name].numpy(), abs=2e-4), name

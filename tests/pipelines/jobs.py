@@ -24,8 +24,12 @@ class Done:
 def start(job: str, *words: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
     variables = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}", "OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen(
-        [sys.executable, "-m", f"pipelines.{job}", *words], cwd=cwd, env=variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", f"pipelines.{job}", *words],
+        cwd=cwd,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 

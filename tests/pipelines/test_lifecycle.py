@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pipelines.jobs import ROOT, Done, run, start
-from tests.pipelines.test_train import wait_for
 from tests.recipes import tiny_bert
 
 
@@ -29,11 +28,18 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lifecycle")
-    recipe = tiny_bert(folder, **{
-        "schedule.max_steps": 150, "optimizer.lr": 2e-3, "parallelism.workers": 2, "deploy.port": free_port(),
-        "tune.num_trials": 2, "tune.reports": 2,
-        "tune.space": {"optimizer.lr": {"kind": "log_uniform", "low": 1.5e-3, "high": 3e-3}},
-    })
+    recipe = tiny_bert(
+        folder,
+        **{
+            "schedule.max_steps": 150,
+            "optimizer.lr": 2e-3,
+            "parallelism.workers": 2,
+            "deploy.port": free_port(),
+            "tune.num_trials": 2,
+            "tune.reports": 2,
+            "tune.space": {"optimizer.lr": {"kind": "log_uniform", "low": 1.5e-3, "high": 3e-3}},
+        },
+    )
     recipe.save(folder / "recipe.json")
     return folder / "recipe.json"
 
@@ -43,11 +49,16 @@ def ok(done: Done) -> Done:
     return done
 
 
-def test_lifecycle(recipe_file: Path, tmp_path: Path) -> None:
-    # A champion that has hardly learned.
+@pytest.fixture(scope="module")
+def weak_champion(recipe_file: Path) -> Path:
+    """The recipe's file, once its registry holds a champion that has hardly learned."""
     weak = ok(run("train", str(recipe_file), "--schedule.max-steps", "1", "--optimizer.lr", "1e-6"))
     ok(run("register", str(recipe_file), "--bundle", weak.answer["bundle"]))
+    return recipe_file
 
+
+def test_lifecycle(weak_champion: Path, tmp_path: Path) -> None:
+    recipe_file = weak_champion
     first = ok(run("lifecycle", str(recipe_file))).answer
     assert first["promoted"] is True, first["gate"]
     assert first["champion"] == first["version"] == 2
@@ -63,8 +74,20 @@ def test_lifecycle(recipe_file: Path, tmp_path: Path) -> None:
     assert again["champion"] == 2
     assert again["metrics"] == first["metrics"]
 
-    worse = ok(run("lifecycle", str(recipe_file), "--schedule.max-steps", "1", "--tune.space", "{}",
-                   "--optimizer.lr", "1e-6", "--seed", "0")).answer
+    worse = ok(
+        run(
+            "lifecycle",
+            str(recipe_file),
+            "--schedule.max-steps",
+            "1",
+            "--tune.space",
+            "{}",
+            "--optimizer.lr",
+            "1e-6",
+            "--seed",
+            "0",
+        )
+    ).answer
     assert worse["promoted"] is False
     assert worse["champion"] == 2, "the champion stays and is what is deployed"
 
@@ -79,18 +102,18 @@ def test_lifecycle(recipe_file: Path, tmp_path: Path) -> None:
     assert evaluated["metrics"]["test.accuracy"] == pytest.approx(first["metrics"]["test.accuracy"])
 
 
-def test_deploy_serves_until_interrupted(recipe_file: Path) -> None:
+def test_deploy_serves_until_interrupted(weak_champion: Path) -> None:
+    recipe_file = weak_champion
     port = json.loads(recipe_file.read_text())["deploy"]["port"]
     process = start("deploy", str(recipe_file))
 
-    def answers() -> bool:
-        assert process.poll() is None, process.stderr.read()[-3000:]  # type: ignore[union-attr]
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    wait_for(answers)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("serving "):
+            break
+    assert said[-1].startswith("serving "), "".join(said)[-3000:]
     answer = httpx.post(f"http://127.0.0.1:{port}/predict", json={"inputs": [{"text": "sun salt"}]}, timeout=10)
     assert answer.status_code == 200, answer.text
     process.send_signal(signal.SIGINT)
@@ -100,8 +123,9 @@ def test_deploy_serves_until_interrupted(recipe_file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_submitted_job_and_kept_cluster(recipe_file: Path, tmp_path: Path) -> None:
+def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
     """`ray job submit` on a cluster that `--keep` left running, then `make stop` leaves nothing."""
+    recipe_file = weak_champion
     storage = json.loads(recipe_file.read_text())["storage"]
     kept = ok(run("deploy", str(recipe_file), "--keep"))
     ray = str(Path(sys.executable).with_name("ray"))
@@ -109,16 +133,38 @@ def test_submitted_job_and_kept_cluster(recipe_file: Path, tmp_path: Path) -> No
     try:
         assert httpx.get(kept.answer["endpoint"] + "/healthz", timeout=10).status_code == 200
         submitted = subprocess.run(
-            [ray, "job", "submit", "--runtime-env", "runtime_env.yaml", "--working-dir", ".", "--",
-             f"python -m pipelines.train {recipe_file} --schedule.max-steps 4 --run-name submitted"],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+            [
+                ray,
+                "job",
+                "submit",
+                "--runtime-env",
+                "runtime_env.yaml",
+                "--working-dir",
+                ".",
+                "--",
+                f"python -m pipelines.train {recipe_file} --schedule.max-steps 4 --run-name submitted",
+            ],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-2000:]
         result = json.loads((Path(storage) / "runs" / "submitted" / "result.json").read_text())
         assert result["status"] == "done"
         assert len(result["losses"]) == 4
     finally:
-        stopped = subprocess.run([sys.executable, "-m", "pipelines.stop", "--storage", storage], cwd=ROOT, env=env,
-                                 capture_output=True, text=True, timeout=120, check=False)
+        stopped = subprocess.run(
+            [sys.executable, "-m", "pipelines.stop", "--storage", storage],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert stopped.returncode == 0, stopped.stderr
     with pytest.raises(httpx.HTTPError):
         httpx.get(kept.answer["endpoint"] + "/healthz", timeout=5)

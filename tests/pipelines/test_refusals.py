@@ -39,8 +39,15 @@ def test_refused(case: str, tmp_path: Path) -> None:
 def test_wrong_column_leaves_nothing(tmp_path: Path) -> None:
     recipe = tiny_bert(tmp_path)
     recipe.save(tmp_path / "recipe.json")
-    done = run("prepare", "--recipe", str(tmp_path / "recipe.json"), "--data.label-column", "labels",
-               "--data.train", str(text_file(tmp_path / "source", 96)))
+    done = run(
+        "prepare",
+        "--recipe",
+        str(tmp_path / "recipe.json"),
+        "--data.label-column",
+        "labels",
+        "--data.train",
+        str(text_file(tmp_path / "source", 96)),
+    )
     assert done.code == 2
     assert done.answer["field"] == "data.train"
     assert done.answer["suggestion"] == "did you mean label?"

@@ -17,8 +17,13 @@ from tests.pipelines.jobs import ROOT, finish, run, start
 from tests.recipes import tiny_bert
 
 # Long enough to be met while they run.
-LONG = {"schedule.max_steps": 600, "checkpoint.every_steps": 20, "parallelism.workers": 2, "training.keep_best": False,
-        "training.evaluate_every_steps": 300}
+LONG = {
+    "schedule.max_steps": 600,
+    "checkpoint.every_steps": 20,
+    "parallelism.workers": 2,
+    "training.keep_best": False,
+    "training.evaluate_every_steps": 300,
+}
 
 
 def wait_for(condition: object, timeout_s: float = 120) -> None:
@@ -98,7 +103,7 @@ def test_interrupt_writes_a_checkpoint_and_resumes(recipe_file: Path) -> None:
     assert weights(runs / "interrupted") == weights(runs / "undisturbed")
 
 
-OWN = '''
+OWN = """
 from heliostat.recipe import Recipe, load
 from heliostat.tasks.text_classification import TextClassification
 from pathlib import Path
@@ -111,7 +116,7 @@ class Shouting(TextClassification):
 
 def recipe() -> Recipe:
     return load(Path("base.json")).model_copy(update={"task": "mine:Shouting", "name": "own"})
-'''
+"""
 
 
 def test_own_task_and_recipe_from_outside(tmp_path: Path) -> None:
@@ -130,8 +135,16 @@ def test_full_disk_is_said_and_leaves_no_half_checkpoint(tmp_path: Path) -> None
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], check=True)
     try:
-        recipe = tiny_bert(tmp_path, **{"schedule.max_steps": 400, "checkpoint.every_steps": 20, "checkpoint.keep": 50,
-                                        "parallelism.workers": 1, "training.keep_best": False})
+        recipe = tiny_bert(
+            tmp_path,
+            **{
+                "schedule.max_steps": 400,
+                "checkpoint.every_steps": 20,
+                "checkpoint.keep": 50,
+                "parallelism.workers": 1,
+                "training.keep_best": False,
+            },
+        )
         recipe.model_copy(update={"storage": str(disk)}).save(tmp_path / "recipe.json")
         done = run("train", "--recipe", str(tmp_path / "recipe.json"), "--run-name", "full")
         assert done.code == 1, done.stderr[-3000:]
@@ -147,6 +160,11 @@ def test_full_disk_is_said_and_leaves_no_half_checkpoint(tmp_path: Path) -> None
 def test_nothing_is_imported_at_the_source_root() -> None:
     """An __init__.py there would shadow the standard library's `platform`, and Ray would die at import."""
     assert not (ROOT / "platform" / "__init__.py").exists()
-    found = subprocess.run([sys.executable, "-c", "import platform; print(platform.python_version())"],
-                           capture_output=True, text=True, cwd=ROOT, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", "import platform; print(platform.python_version())"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
     assert found.stdout.strip().startswith("3.")

@@ -28,8 +28,15 @@ def written(recipe: Recipe, path: Path) -> tuple[Bundle, torch.nn.Module]:
     task = data.task(recipe)
     model = build_model(task).eval()
     state: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    found = bundle.write(path, task, state, data.processor(), data={"fingerprint": data.fingerprint},
-                         metrics={"validation.loss": 1.5}, lineage={"run": "r"})
+    found = bundle.write(
+        path,
+        task,
+        state,
+        data.processor(),
+        data={"fingerprint": data.fingerprint},
+        metrics={"validation.loss": 1.5},
+        lineage={"run": "r"},
+    )
     return found, model
 
 

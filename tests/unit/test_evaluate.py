@@ -86,9 +86,13 @@ def test_pairing_sees_a_small_gain_that_unpaired_rows_would_hide() -> None:
     assert found["challenger"] - found["champion"] == pytest.approx(0.012)
 
 
-@pytest.mark.parametrize(("task", "metric", "better"), [
-    (CLASSIFIER, "accuracy", True), (LANGUAGE_MODEL, "loss", False),
-])
+@pytest.mark.parametrize(
+    ("task", "metric", "better"),
+    [
+        (CLASSIFIER, "accuracy", True),
+        (LANGUAGE_MODEL, "loss", False),
+    ],
+)
 def test_the_direction_is_the_metrics(task: Task, metric: str, better: bool) -> None:
     weight = np.full(200, 10.0)
     low = {metric: np.random.default_rng(0).normal(20, 1, 200), "weight": weight}

@@ -35,7 +35,8 @@ def kept(loader: Loader, cursor: Cursor, count: int, size: int, fill: bool = Fal
         int(sample)
         for index in range(count)
         for rows in loader.read(cursor, Coordinate(index, count), size, fill)
-        for sample, weight in zip(rows.sample_ids, rows.row_weight_B, strict=True) if weight == 1
+        for sample, weight in zip(rows.sample_ids, rows.row_weight_B, strict=True)
+        if weight == 1
     )
 
 
@@ -116,10 +117,14 @@ def test_without_shuffling_rows_come_in_their_order() -> None:
 def test_buckets_bring_rows_of_like_length_together(seed: int, buckets: int) -> None:
     def spread(bucket_batches: int) -> float:
         loader = Loader(table(512, seed), seed, 16, "f", bucket_batches)
-        return float(np.mean([
-            np.ptp(loader.table.column("length").to_numpy()[loader.batch_rows(Cursor(0, b))])
-            for b in range(loader.batches_per_epoch)
-        ]))
+        return float(
+            np.mean(
+                [
+                    np.ptp(loader.table.column("length").to_numpy()[loader.batch_rows(Cursor(0, b))])
+                    for b in range(loader.batches_per_epoch)
+                ]
+            )
+        )
 
     assert spread(buckets) < 0.6 * spread(0)
 

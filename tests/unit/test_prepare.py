@@ -45,8 +45,17 @@ def write(table: pa.Table, path: Path) -> str:
 
 
 def recipe_for(folder: Path, source: str, **overrides: Any) -> Recipe:
-    return tiny_bert(folder, **{"data.train": source, "data.validation": "", "data.test": "",
-                                "data.validation_fraction": 0.2, "data.test_fraction": 0.2} | overrides)
+    return tiny_bert(
+        folder,
+        **{
+            "data.train": source,
+            "data.validation": "",
+            "data.test": "",
+            "data.validation_fraction": 0.2,
+            "data.test_fraction": 0.2,
+        }
+        | overrides,
+    )
 
 
 def rows_of(prepared: Prepared, split: str) -> list[dict[str, Any]]:
@@ -205,11 +214,15 @@ def picture(value: int, size: int = 8) -> bytes:
 
 
 def image_recipe(folder: Path, source: str) -> Recipe:
-    return build({
-        "name": "pictures", "task": "image_classification", "storage": str(folder / "storage"),
-        "model": {"config": {"model_type": "resnet"}},
-        "data": {"train": source, "validation_fraction": 0.2, "test_fraction": 0.2},
-    })
+    return build(
+        {
+            "name": "pictures",
+            "task": "image_classification",
+            "storage": str(folder / "storage"),
+            "model": {"config": {"model_type": "resnet"}},
+            "data": {"train": source, "validation_fraction": 0.2, "test_fraction": 0.2},
+        }
+    )
 
 
 @pytest.mark.parametrize("row", [0, 23, 39])
@@ -281,8 +294,10 @@ def test_a_change_that_shapes_rows_gives_another_fingerprint(change: str, tmp_pa
     recipe = recipe_for(tmp_path, write(rows, tmp_path / "a.parquet"))
     first, _ = prepare(recipe)
     changed = {
-        "text": spoiled("text", 31, "another"), "label": spoiled("label", 31, "dark"),
-        "order": rows.take(pa.array([1, 0, *range(2, 60)])), "more": source_rows(61),
+        "text": spoiled("text", 31, "another"),
+        "label": spoiled("label", 31, "dark"),
+        "order": rows.take(pa.array([1, 0, *range(2, 60)])),
+        "more": source_rows(61),
     }
     assert change not in changed or changed[change] != rows
     write(changed.get(change, rows), tmp_path / "a.parquet")
@@ -321,8 +336,9 @@ def test_unpacked_rows_are_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("truncation", "max_length"), [("head", 8), ("head_tail", 8), ("head_tail", 9)])
 def test_truncation(truncation: str, max_length: int, tmp_path: Path) -> None:
     source = write(source_rows(), tmp_path / "a.csv")
-    prepared, _ = prepare(recipe_for(tmp_path, source, **{
-        "model.truncation": truncation, "model.max_length": max_length}))
+    prepared, _ = prepare(
+        recipe_for(tmp_path, source, **{"model.truncation": truncation, "model.max_length": max_length})
+    )
     tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "processor")
     cut = 0
     for row in rows_of(prepared, "train"):
@@ -337,10 +353,16 @@ def test_truncation(truncation: str, max_length: int, tmp_path: Path) -> None:
     assert cut > 5
 
 
-@pytest.mark.parametrize(("name", "rows", "classes"), [
-    ("reviews/train", 4000, 2), ("reviews/test", 1000, 2), ("digits/all", 5000, 10),
-    ("newsgroups/train", 11293, 20), ("newsgroups/test", 7528, 20),
-])
+@pytest.mark.parametrize(
+    ("name", "rows", "classes"),
+    [
+        ("reviews/train", 4000, 2),
+        ("reviews/test", 1000, 2),
+        ("digits/all", 5000, 10),
+        ("newsgroups/train", 11293, 20),
+        ("newsgroups/test", 7528, 20),
+    ],
+)
 def test_packaged_sets(name: str, rows: int, classes: int) -> None:
     table = packaged_table(name, "data.train")
     assert table.num_rows == rows == sum(part.read().num_rows for part in open_source(f"packaged:{name}"))

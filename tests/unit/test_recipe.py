@@ -20,13 +20,22 @@ def refused(tree: dict[str, Any]) -> Refused:
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    recipe = build(BASE | {
-        "seed": 7, "model": {"config": {"model_type": "bert", "hidden_size": 32}, "dropout": 0.2},
-        "optimizer": {"lr": 3e-4, "clip_norm": None}, "parallelism": {"workers": 4, "fsdp": 2},
-        "tune": {"space": {"optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-3},
-                           "model.dropout": {"kind": "choice", "values": [0.0, 0.1]},
-                           "seed": {"kind": "int", "low": 0, "high": 9}}},
-    })
+    recipe = build(
+        BASE
+        | {
+            "seed": 7,
+            "model": {"config": {"model_type": "bert", "hidden_size": 32}, "dropout": 0.2},
+            "optimizer": {"lr": 3e-4, "clip_norm": None},
+            "parallelism": {"workers": 4, "fsdp": 2},
+            "tune": {
+                "space": {
+                    "optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-3},
+                    "model.dropout": {"kind": "choice", "values": [0.0, 0.1]},
+                    "seed": {"kind": "int", "low": 0, "high": 9},
+                }
+            },
+        }
+    )
     recipe.save(tmp_path / "recipe.json")
     loaded = load(tmp_path / "recipe.json")
     assert loaded == recipe
@@ -45,12 +54,19 @@ def test_digest_covers_the_named_sections_only() -> None:
     assert one.digest() != other.digest()
 
 
-@pytest.mark.parametrize(("tree", "field", "suggestion"), [
-    ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat", ""),
-    ({"optimizer": {"weight_decy": 1}}, "optimizer.weight_decy", "did you mean optimizer.weight_decay?"),
-    ({"training": {"global_batchsize": 8}}, "training.global_batchsize", "did you mean training.global_batch_size?"),
-    ({"sed": 8}, "sed", "did you mean seed?"),
-])
+@pytest.mark.parametrize(
+    ("tree", "field", "suggestion"),
+    [
+        ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat", ""),
+        ({"optimizer": {"weight_decy": 1}}, "optimizer.weight_decy", "did you mean optimizer.weight_decay?"),
+        (
+            {"training": {"global_batchsize": 8}},
+            "training.global_batchsize",
+            "did you mean training.global_batch_size?",
+        ),
+        ({"sed": 8}, "sed", "did you mean seed?"),
+    ],
+)
 def test_unknown_field_names_it_and_the_nearest(tree: dict[str, Any], field: str, suggestion: str) -> None:
     error = refused(tree)
     assert error.field == field
@@ -58,17 +74,20 @@ def test_unknown_field_names_it_and_the_nearest(tree: dict[str, Any], field: str
         assert error.suggestion == suggestion
 
 
-@pytest.mark.parametrize(("tree", "field"), [
-    ({"optimizer": {"lr": "fast"}}, "optimizer.lr"),
-    ({"optimizer": {"lr": -1e-3}}, "optimizer.lr"),
-    ({"optimizer": {"lr": float("nan")}}, "optimizer.lr"),
-    ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size"),
-    ({"training": {"micro_batch_size": 1.5}}, "training.micro_batch_size"),
-    ({"training": {"precision": "float8"}}, "training.precision"),
-    ({"model": {"dropout": 1.0}}, "model.dropout"),
-    ({"data": ["a"]}, "data"),
-    ({"seed": -1}, "seed"),
-])
+@pytest.mark.parametrize(
+    ("tree", "field"),
+    [
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr"),
+        ({"optimizer": {"lr": -1e-3}}, "optimizer.lr"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr"),
+        ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size"),
+        ({"training": {"micro_batch_size": 1.5}}, "training.micro_batch_size"),
+        ({"training": {"precision": "float8"}}, "training.precision"),
+        ({"model": {"dropout": 1.0}}, "model.dropout"),
+        ({"data": ["a"]}, "data"),
+        ({"seed": -1}, "seed"),
+    ],
+)
 def test_wrong_value_names_the_field(tree: dict[str, Any], field: str) -> None:
     error = refused(tree)
     assert error.field == field
@@ -86,11 +105,14 @@ def test_name_must_be_a_folder_name(name: str) -> None:
     assert "folder" in str(refused({"name": name}))
 
 
-@pytest.mark.parametrize("spec", [
-    {"kind": "uniform", "low": 1.0, "high": 1.0},
-    {"kind": "log_uniform", "low": 1e-2, "high": 1e-3},
-    {"kind": "int", "low": 3, "high": 2},
-])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "uniform", "low": 1.0, "high": 1.0},
+        {"kind": "log_uniform", "low": 1e-2, "high": 1e-3},
+        {"kind": "int", "low": 3, "high": 2},
+    ],
+)
 def test_empty_search_range(spec: dict[str, Any]) -> None:
     error = refused({"tune": {"space": {"optimizer.lr": spec}}})
     assert error.field == "tune"
@@ -131,9 +153,14 @@ def test_override_by_dotted_path() -> None:
     assert override(changed, {"optimizer.lr": recipe.optimizer.lr, "data.train": "", "seed": 0}) == recipe
 
 
-@pytest.mark.parametrize(("path", "suggestion"), [
-    ("optimizer.rl", "did you mean optimizer.lr?"), ("lr", "did you mean optimizer.lr?"), ("optimizer", None),
-])
+@pytest.mark.parametrize(
+    ("path", "suggestion"),
+    [
+        ("optimizer.rl", "did you mean optimizer.lr?"),
+        ("lr", "did you mean optimizer.lr?"),
+        ("optimizer", None),
+    ],
+)
 def test_override_of_an_unknown_path(path: str, suggestion: str | None) -> None:
     with pytest.raises(Refused) as caught:
         override(build(BASE), {path: 1})
@@ -148,11 +175,15 @@ def test_override_is_validated() -> None:
     assert caught.value.field == "schedule.epochs"
 
 
-@pytest.mark.parametrize(("text", "field"), [
-    (json.dumps(BASE | {"version": RECIPE_VERSION + 1}), "version"),
-    (json.dumps(BASE | {"version": "next"}), "version"),
-    ("{", "recipe"), ("[]", "recipe"),
-])
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (json.dumps(BASE | {"version": RECIPE_VERSION + 1}), "version"),
+        (json.dumps(BASE | {"version": "next"}), "version"),
+        ("{", "recipe"),
+        ("[]", "recipe"),
+    ],
+)
 def test_unreadable_files(text: str, field: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(Refused) as caught:

@@ -121,9 +121,13 @@ def test_through_a_server(recipe: Recipe, first: Bundle, second: Bundle, tmp_pat
     # Servers refuse places with links in them.
     link = tmp_path / "link"
     link.symlink_to(recipe.storage_path)
-    remote = override(named(recipe, "remote"), {
-        "tracking.uri": f"http://127.0.0.1:{port}", "storage": str(link),
-    })
+    remote = override(
+        named(recipe, "remote"),
+        {
+            "tracking.uri": f"http://127.0.0.1:{port}",
+            "storage": str(link),
+        },
+    )
     with pytest.raises(tracking.Away, match="does not answer"):
         registry.register(remote, first, None)
     server = tracking.start_server(remote, port)

@@ -19,10 +19,18 @@ from heliostat.tasks import Batch, Rows, get_task, pad_lists
 from heliostat.tasks.image_classification import augment
 
 RESNET = {
-    "model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
 }
 VIT = {
-    "model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "model_type": "vit",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
 }
 IMAGES = {"labels": ["a", "b", "c"], "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
 TEXTS = {"padding_id": 0, "vocab_size": 7, "eos_token_id": 0, "bos_token_id": 0}
@@ -32,17 +40,27 @@ def recipe(task: str, **sections: Any) -> Recipe:
     return build({"name": "r", "task": task} | sections)
 
 
-@pytest.mark.parametrize(("config", "synchronised", "global_batch", "workers", "fine"), [
-    (RESNET, True, 32, 2, False), (RESNET, True, 32, 4, True), (RESNET, True, 8, 1, True),
-    (RESNET, False, 32, 2, True), (VIT, True, 32, 2, True),
-])
+@pytest.mark.parametrize(
+    ("config", "synchronised", "global_batch", "workers", "fine"),
+    [
+        (RESNET, True, 32, 2, False),
+        (RESNET, True, 32, 4, True),
+        (RESNET, True, 8, 1, True),
+        (RESNET, False, 32, 2, True),
+        (VIT, True, 32, 2, True),
+    ],
+)
 def test_accumulation_and_synchronised_batch_norm_exclude_each_other(
     config: dict[str, Any], synchronised: bool, global_batch: int, workers: int, fine: bool
 ) -> None:
-    task = get_task(recipe(
-        "image_classification", model={"config": config, "sync_batch_norm": synchronised},
-        training={"global_batch_size": global_batch, "micro_batch_size": 8}, parallelism={"workers": workers},
-    ))
+    task = get_task(
+        recipe(
+            "image_classification",
+            model={"config": config, "sync_batch_norm": synchronised},
+            training={"global_batch_size": global_batch, "micro_batch_size": 8},
+            parallelism={"workers": workers},
+        )
+    )
     if fine:
         task.check()
         return
@@ -67,9 +85,7 @@ IDS = np.array([0, 1, 2, 5, (1 << 60) + 1, (2 << 60) + 7])
 
 
 @given(st.permutations(range(6)), st.integers(1, 5), st.integers(0, 2**31 - 1), st.integers(0, 50))
-def test_augmentation_is_a_function_of_seed_epoch_and_sample(
-    order: list[int], cut: int, seed: int, epoch: int
-) -> None:
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(order: list[int], cut: int, seed: int, epoch: int) -> None:
     whole = augment(pictures, IDS, (seed, epoch), "crop_flip")
     for part in (order[:cut], order[cut:]):
         assert torch.equal(augment(pictures[part], IDS[part], (seed, epoch), "crop_flip"), whole[part])
@@ -99,10 +115,12 @@ def test_augmentation_shifts_by_at_most_an_eighth_and_flips_half(kind: str) -> N
 
 def image_rows(weights: list[float]) -> Rows:
     pixels = np.random.default_rng(0).integers(0, 256, (len(weights), 64)).astype(np.uint8)
-    table = pa.table({
-        "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 64),
-        "label": pa.array([i % 3 for i in range(len(weights))], pa.int32()),
-    })
+    table = pa.table(
+        {
+            "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 64),
+            "label": pa.array([i % 3 for i in range(len(weights))], pa.int32()),
+        }
+    )
     return Rows(table, np.arange(len(weights)), np.array(weights, np.float32))
 
 
@@ -131,8 +149,9 @@ def test_classification_loss_sums_rows_by_weight(smoothing: float) -> None:
 
 
 def text_rows(ids: list[list[int]], weights: list[float]) -> Rows:
-    table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())),
-                      "length": pa.array([len(row) for row in ids], pa.int32())})
+    table = pa.table(
+        {"input_ids": pa.array(ids, pa.list_(pa.int32())), "length": pa.array([len(row) for row in ids], pa.int32())}
+    )
     return Rows(table, np.arange(len(ids)), np.array(weights, np.float32))
 
 
@@ -164,15 +183,18 @@ def test_padding_keeps_rows_also_of_a_slice(rows: list[list[int]], start: int) -
     assert pad_lists(column, 0, length=24).shape == (len(rows) - start, 24)
 
 
-@pytest.mark.parametrize(("task", "facts", "item"), [
-    ("text_classification", {"labels": ["a", "b"]} | TEXTS, {"text": "  "}),
-    ("text_classification", {"labels": ["a", "b"]} | TEXTS, {"text": 3}),
-    ("text_classification", {"labels": ["a", "b"]} | TEXTS, {"texts": "a"}),
-    ("language_model", TEXTS, {"text": ""}),
-    ("image_classification", IMAGES, {"image": "%%%"}),
-    ("image_classification", IMAGES, {"image": base64.b64encode(b"none").decode()}),
-    ("image_classification", IMAGES, {"image": 1}),
-])
+@pytest.mark.parametrize(
+    ("task", "facts", "item"),
+    [
+        ("text_classification", {"labels": ["a", "b"]} | TEXTS, {"text": "  "}),
+        ("text_classification", {"labels": ["a", "b"]} | TEXTS, {"text": 3}),
+        ("text_classification", {"labels": ["a", "b"]} | TEXTS, {"texts": "a"}),
+        ("language_model", TEXTS, {"text": ""}),
+        ("image_classification", IMAGES, {"image": "%%%"}),
+        ("image_classification", IMAGES, {"image": base64.b64encode(b"none").decode()}),
+        ("image_classification", IMAGES, {"image": 1}),
+    ],
+)
 def test_requests_are_refused_by_the_number_of_the_input(
     task: str, facts: dict[str, Any], item: dict[str, Any]
 ) -> None:

@@ -103,7 +103,10 @@ def test_a_run_is_recorded_whole_and_once(recipe: Recipe, run_dir: Path, mlflow:
 
 
 def test_an_attempt_that_was_cut_off_is_completed(
-    recipe: Recipe, run_dir: Path, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    run_dir: Path,
+    mlflow: MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     other = copy_metrics(run_dir, "cut-off")
@@ -157,8 +160,13 @@ def returned_server(recipe: Recipe, closed_port: int) -> Iterator[list[object]]:
 
 
 def test_nothing_is_lost_while_the_server_is_away(
-    recipe: Recipe, run_dir: Path, mlflow: MlflowClient, closed_port: int, returned_server: list,
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    run_dir: Path,
+    mlflow: MlflowClient,
+    closed_port: int,
+    returned_server: list,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")

@@ -140,6 +140,9 @@ def check_resume(saved: dict[str, Any], loader: Loader) -> Cursor:
     """The cursor of a checkpoint. Refuses other data, or another batch size, than it was counted in."""
     for name, now in (("fingerprint", loader.fingerprint), ("global_batch_size", loader.global_batch_size)):
         if saved[name] != now:
-            raise Refused("resume", f"the checkpoint's {name} is {saved[name]!r}, this run's is {now!r}",
-                          "resume with the data and batch size it was made with, or start a new run")
+            raise Refused(
+                "resume",
+                f"the checkpoint's {name} is {saved[name]!r}, this run's is {now!r}",
+                "resume with the data and batch size it was made with, or start a new run",
+            )
     return Cursor(**saved["cursor"])

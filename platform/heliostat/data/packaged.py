@@ -23,11 +23,15 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 def packaged_table(name: str, field: str) -> pa.Table:
     """The rows of `NAME/SPLIT`."""
     if name not in TABLES:
-        raise Refused(field, f"no packaged data set {name!r}", nearest(name, list(TABLES)) or f"there are: {', '.join(TABLES)}")
+        raise Refused(
+            field, f"no packaged data set {name!r}", nearest(name, list(TABLES)) or f"there are: {', '.join(TABLES)}"
+        )
     try:
         return TABLES[name]()
     except ModuleNotFoundError as error:
-        raise Refused(field, f"packaged:{name} needs the package {error.name}, which is not installed", INSTALL) from error
+        raise Refused(
+            field, f"packaged:{name} needs the package {error.name}, which is not installed", INSTALL
+        ) from error
 
 
 def _reviews(name: str) -> pa.Table:
@@ -53,10 +57,12 @@ def _orange(file: str) -> pa.Table:
 
 def _images(pixels: np.ndarray, labels: np.ndarray) -> pa.Table:
     """(N, H, W) uint8 and integer labels."""
-    return pa.table({
-        "image": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(pixels)),
-        "label": [str(label) for label in labels.tolist()],
-    })
+    return pa.table(
+        {
+            "image": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(pixels)),
+            "label": [str(label) for label in labels.tolist()],
+        }
+    )
 
 
 def _digits() -> pa.Table:
@@ -71,7 +77,9 @@ def _fashion(split: str) -> pa.Table:
     """Fashion-MNIST, 60000 + 10000 images of 28×28 (Debian's dataset-fashion-mnist)."""
     prefix = "train" if split == "train" else "t10k"
     if not FASHION.exists():
-        raise Refused("data.train", f"Fashion-MNIST is not installed at {FASHION}", "apt-get install dataset-fashion-mnist")
+        raise Refused(
+            "data.train", f"Fashion-MNIST is not installed at {FASHION}", "apt-get install dataset-fashion-mnist"
+        )
     arrays = []
     for kind in ("images-idx3", "labels-idx1"):
         raw = gzip.decompress((FASHION / f"{prefix}-{kind}-ubyte.gz").read_bytes())

@@ -1,6 +1,6 @@
 """From source rows to prepared rows: Parquet by split, with a fingerprint, made once and then only read.
 
-    FOLDER/train/part-00000.parquet …   FOLDER/validation/…   FOLDER/test/…   FOLDER/processor/   FOLDER/meta.json
+FOLDER/train/part-00000.parquet …   FOLDER/validation/…   FOLDER/test/…   FOLDER/processor/   FOLDER/meta.json
 """
 
 from __future__ import annotations
@@ -83,7 +83,11 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
     try:
         chosen = _choose_splits(recipe, scans)
         train_rows = _some_rows(task, sources["train"], chosen["train"])
-        texts = train_rows.column(recipe.data.text_column).to_pylist() if recipe.data.text_column in train_rows.column_names else None
+        texts = (
+            train_rows.column(recipe.data.text_column).to_pylist()
+            if recipe.data.text_column in train_rows.column_names
+            else None
+        )
         processor = task.processor(texts)
         facts = task.fit(train_rows) | processor_facts(processor)
         beside.mkdir()
@@ -91,16 +95,27 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
             processor.save_pretrained(beside / "processor")
         jobs = [
             _Job(split, index, part, chosen[split][index])
-            for split, parts in sources.items() for index, part in enumerate(parts)
+            for split, parts in sources.items()
+            for index, part in enumerate(parts)
         ]
         counts = run_parts(_Write(recipe, facts, beside), jobs)
         rows = {split: sum(count.get(split, 0) for count in counts) for split in SPLITS}
         for split in SPLITS:
             if rows[split] == 0:
-                raise Refused(f"data.{split}", f"no rows are left for the {split} split", "name a source for it, or raise its fraction")
+                raise Refused(
+                    f"data.{split}",
+                    f"no rows are left for the {split} split",
+                    "name a source for it, or raise its fraction",
+                )
         meta = {
-            "version": PREPARED_VERSION, "fingerprint": fingerprint, "recipe": recipe.name, "facts": facts,
-            "rows": rows, "dropped_duplicates": sum(int((codes == DROPPED).sum()) for per_part in chosen.values() for codes in per_part),
+            "version": PREPARED_VERSION,
+            "fingerprint": fingerprint,
+            "recipe": recipe.name,
+            "facts": facts,
+            "rows": rows,
+            "dropped_duplicates": sum(
+                int((codes == DROPPED).sum()) for per_part in chosen.values() for codes in per_part
+            ),
         }
         write_atomically(beside / "meta.json", json.dumps(meta, indent=2) + "\n")
         try:
@@ -123,8 +138,11 @@ def read_prepared(folder: Path) -> Prepared:
 def _check_columns(task: Task, table: pa.Table, name: str, split: str) -> None:
     for column in task.required_columns():
         if column not in table.column_names:
-            raise Refused(f"data.{split}", f"{name} has no column {column!r}; it has {', '.join(table.column_names)}",
-                          nearest(column, table.column_names) or "set data.text_column, data.image_column or data.label_column")
+            raise Refused(
+                f"data.{split}",
+                f"{name} has no column {column!r}; it has {', '.join(table.column_names)}",
+                nearest(column, table.column_names) or "set data.text_column, data.image_column or data.label_column",
+            )
 
 
 class _Scan:
@@ -138,7 +156,8 @@ class _Scan:
         task = get_task(self.recipe)
         _check_columns(task, table, part.name, self.split)
         hashes = [
-            int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") for content in task.content(table)
+            int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+            for content in task.content(table)
         ]
         label = self.recipe.data.label_column
         labels = table.column(label).to_pylist() if label in table.column_names else []
@@ -148,10 +167,19 @@ class _Scan:
 def _fingerprint(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]]) -> str:
     model, data = recipe.model, recipe.data
     shaping = {
-        "version": PREPARED_VERSION, "task": recipe.task, "seed": recipe.seed,
+        "version": PREPARED_VERSION,
+        "task": recipe.task,
+        "seed": recipe.seed,
         "model": [model.name, model.tokenizer, model.max_length, model.truncation],
-        "data": [data.text_column, data.label_column, data.image_column, data.sequence_length, data.pack,
-                 data.validation_fraction, data.test_fraction],
+        "data": [
+            data.text_column,
+            data.label_column,
+            data.image_column,
+            data.sequence_length,
+            data.pack,
+            data.validation_fraction,
+            data.test_fraction,
+        ],
     }
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
     for split, parts in scans.items():
@@ -241,7 +269,11 @@ class _Write:
             prepared = task.prepare(chosen, processor, job.part.name)
             # Unique over the whole data set: source, part, row.
             first = (SPLITS.index(job.source) << 60) | (job.index << 32)
-            rows = np.flatnonzero(job.code == code) if prepared.num_rows == chosen.num_rows else np.arange(prepared.num_rows)
+            rows = (
+                np.flatnonzero(job.code == code)
+                if prepared.num_rows == chosen.num_rows
+                else np.arange(prepared.num_rows)
+            )
             prepared = prepared.append_column("sample_id", pc.add(pa.array(rows, pa.int64()), first))
             target = self.folder / split / f"{job.source}-{job.index:05d}.parquet"
             target.parent.mkdir(exist_ok=True)

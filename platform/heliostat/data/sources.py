@@ -22,8 +22,13 @@ from heliostat.recipe import Refused
 
 ROWS_PER_PART = 2048
 FORMATS = {
-    ".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json",
-    ".arrow": "feather", ".feather": "feather",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".arrow": "feather",
+    ".feather": "feather",
 }
 
 
@@ -38,7 +43,9 @@ class Part:
 def open_source(spec: str, field: str = "data.train") -> list[Part]:
     """The parts of a source. Raises Refused where there is nothing to read."""
     if not spec:
-        raise Refused(field, "no source is given", "a file, a folder, s3://…, hf://USER/NAME/SPLIT, packaged:NAME/SPLIT")
+        raise Refused(
+            field, "no source is given", "a file, a folder, s3://…, hf://USER/NAME/SPLIT, packaged:NAME/SPLIT"
+        )
     if spec.startswith("packaged:"):
         table = packaged_table(spec.removeprefix("packaged:"), field)
         return [
@@ -106,7 +113,9 @@ def _file_parts(filesystem: pa.fs.FileSystem, path: str, field: str) -> list[Par
         if _format(path) == "parquet":
             with filesystem.open_input_file(path) as file:
                 groups = pq.ParquetFile(file).num_row_groups
-            return [Part(f"{path} row group {i}", partial(_read_group, filesystem, path, i, field)) for i in range(groups)]
+            return [
+                Part(f"{path} row group {i}", partial(_read_group, filesystem, path, i, field)) for i in range(groups)
+            ]
         return [Part(path, partial(_read_file, filesystem, path, field))]
     except (OSError, pa.ArrowInvalid) as error:
         raise Refused(field, f"cannot read {path}: {error}") from error

@@ -21,8 +21,9 @@ def run_on_ray(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    numbered = ray.data.from_items([{"number": i, "item": item} for i, item in enumerate(items)],
-                                   override_num_blocks=min(len(items), 256))
+    numbered = ray.data.from_items(
+        [{"number": i, "item": item} for i, item in enumerate(items)], override_num_blocks=min(len(items), 256)
+    )
     done = numbered.map(lambda row: {"number": row["number"], "value": function(row["item"])}).take_all()
     return [row["value"] for row in sorted(done, key=lambda row: row["number"])]
 

@@ -24,11 +24,17 @@ def check_placement(recipe: Recipe, cpus: float, gpus: float, where: str) -> Non
     parallelism = recipe.parallelism
     needed = parallelism.workers * parallelism.cpus_per_worker
     if parallelism.use_gpu and parallelism.workers > gpus:
-        raise Refused("parallelism.use_gpu", f"{parallelism.workers} GPUs are asked for, {where} has {gpus:g}",
-                      "set parallelism.use_gpu false, or fewer workers")
+        raise Refused(
+            "parallelism.use_gpu",
+            f"{parallelism.workers} GPUs are asked for, {where} has {gpus:g}",
+            "set parallelism.use_gpu false, or fewer workers",
+        )
     if needed > cpus:
-        raise Refused("parallelism.workers", f"{parallelism.workers} workers need {needed:g} CPUs, {where} has {cpus:g}",
-                      f"use ≤ {int(cpus // parallelism.cpus_per_worker)} workers")
+        raise Refused(
+            "parallelism.workers",
+            f"{parallelism.workers} workers need {needed:g} CPUs, {where} has {cpus:g}",
+            f"use ≤ {int(cpus // parallelism.cpus_per_worker)} workers",
+        )
 
 
 def logical_cpus() -> int:
@@ -45,8 +51,12 @@ def environment() -> dict[str, str]:
 def runtime_env() -> dict[str, Any]:
     """For a cluster elsewhere: the code travels."""
     excludes = [".venv", ".git", "tests", "**/__pycache__"]
-    return {"working_dir": str(ROOT), "py_modules": [str(ROOT / "platform" / "heliostat")], "excludes": excludes,
-            "env_vars": THREADS}
+    return {
+        "working_dir": str(ROOT),
+        "py_modules": [str(ROOT / "platform" / "heliostat")],
+        "excludes": excludes,
+        "env_vars": THREADS,
+    }
 
 
 @contextmanager
@@ -67,7 +77,13 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
             return
         if local and not keep:
             # With the dashboard: Ray Train's own cleaner asks its state interface.
-            ray.init(num_cpus=logical_cpus(), include_dashboard=True, dashboard_host="127.0.0.1", runtime_env={"env_vars": environment()}, **options)
+            ray.init(
+                num_cpus=logical_cpus(),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                runtime_env={"env_vars": environment()},
+                **options,
+            )
         elif local:
             start_kept_cluster()
             ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
@@ -90,8 +106,15 @@ def start_kept_cluster() -> None:
     env = os.environ | environment() | {"RAY_AUTH_MODE": "token"}
     if subprocess.run([ray_command, "status"], env=env, capture_output=True, check=False).returncode == 0:
         return
-    command = [ray_command, "start", "--head", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-               f"--num-cpus={logical_cpus()}", "--disable-usage-stats"]
+    command = [
+        ray_command,
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        f"--num-cpus={logical_cpus()}",
+        "--disable-usage-stats",
+    ]
     started = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if started.returncode:
         raise RuntimeError(f"ray start failed: {started.stderr.strip()[-500:]}")

@@ -18,11 +18,20 @@ def _worker(config: dict[str, Any]) -> None:
     """On each worker. What would fail again is written down instead of raised, so that it is not tried again."""
     run_dir = Path(config["run_dir"])
     try:
-        train(build(config["recipe"]), Path(config["prepared"]), run_dir,
-              resume=Path(config["resume"]) if config["resume"] else None, lineage=config["lineage"])
+        train(
+            build(config["recipe"]),
+            Path(config["prepared"]),
+            run_dir,
+            resume=Path(config["resume"]) if config["resume"] else None,
+            lineage=config["lineage"],
+        )
     except Refused as error:
-        write_atomically(run_dir / OUTCOME_FILE, json.dumps(
-            {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}))
+        write_atomically(
+            run_dir / OUTCOME_FILE,
+            json.dumps(
+                {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}
+            ),
+        )
     except DiskFull as error:
         outcome = json.dumps({"status": "failed", "error": str(error)})
         try:
@@ -32,7 +41,12 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def fit(
-    recipe: Recipe, prepared: Path, run_dir: Path, *, resume: Path | None = None, lineage: dict[str, Any] | None = None,
+    recipe: Recipe,
+    prepared: Path,
+    run_dir: Path,
+    *,
+    resume: Path | None = None,
+    lineage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train on the connected cluster; returns the outcome with losses, ledger and attempts.
 
@@ -47,20 +61,27 @@ def fit(
     for leftover in (OUTCOME_FILE, STOP_FILE):
         (run_dir / leftover).unlink(missing_ok=True)
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = recipe.parallelism.use_gpu if recipe.parallelism.use_gpu is not None else gpus >= recipe.parallelism.workers
+    use_gpu = (
+        recipe.parallelism.use_gpu if recipe.parallelism.use_gpu is not None else gpus >= recipe.parallelism.workers
+    )
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "recipe": recipe.model_dump(mode="json"), "prepared": str(prepared), "run_dir": str(run_dir),
-            "resume": str(resume) if resume else "", "lineage": lineage or {},
+            "recipe": recipe.model_dump(mode="json"),
+            "prepared": str(prepared),
+            "run_dir": str(run_dir),
+            "resume": str(resume) if resume else "",
+            "lineage": lineage or {},
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=recipe.parallelism.workers, use_gpu=use_gpu,
+            num_workers=recipe.parallelism.workers,
+            use_gpu=use_gpu,
             resources_per_worker={"CPU": recipe.parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
-            name="train", storage_path=str(run_dir / "ray"),
+            name="train",
+            storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=recipe.checkpoint.max_failures),
         ),
     )
@@ -81,7 +102,9 @@ def report(run_dir: Path, started: float) -> dict[str, Any]:
         "losses": [record["loss"] for record in steps],
         "grad_norms": [record["grad_norm"] for record in steps],
         "metrics": {f"validation.{k}": v for k, v in evaluations[-1]["validation"].items()} if evaluations else {},
-        "ledger": book, "goodput": book["goodput"], "attempts": book["attempts"],
+        "ledger": book,
+        "goodput": book["goodput"],
+        "attempts": book["attempts"],
     }
 
 

@@ -13,12 +13,20 @@ from heliostat.train.loop import train
 
 def trial_recipe(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """What a trial runs: one process, few rows, the searched values."""
-    chosen = override(recipe, {
-        "data.limit": recipe.tune.limit, "schedule.epochs": recipe.tune.epochs, "schedule.max_steps": None,
-        "training.early_stopping_patience": 0, "checkpoint.every_steps": 1 << 30,
-        "training.micro_batch_size": recipe.training.global_batch_size,
-        **{f"parallelism.{axis}": 1 for axis in ("fsdp", "tensor", "pipeline")}, "parallelism.workers": 1,
-    } | values)
+    chosen = override(
+        recipe,
+        {
+            "data.limit": recipe.tune.limit,
+            "schedule.epochs": recipe.tune.epochs,
+            "schedule.max_steps": None,
+            "training.early_stopping_patience": 0,
+            "checkpoint.every_steps": 1 << 30,
+            "training.micro_batch_size": recipe.training.global_batch_size,
+            **{f"parallelism.{axis}": 1 for axis in ("fsdp", "tensor", "pipeline")},
+            "parallelism.workers": 1,
+        }
+        | values,
+    )
     return chosen
 
 
@@ -31,7 +39,13 @@ def _trial(config: dict[str, Any]) -> None:
     steps = max(1, int(trial.schedule.epochs * -(-config["rows"] // trial.training.global_batch_size)))
     trial = override(trial, {"training.evaluate_every_steps": max(1, steps // trial.tune.reports)})
     with tempfile.TemporaryDirectory() as folder:
-        train(trial, Path(config["prepared"]), Path(folder), report=lambda figures: tune.report(figures), write_bundle=False)
+        train(
+            trial,
+            Path(config["prepared"]),
+            Path(folder),
+            report=lambda figures: tune.report(figures),
+            write_bundle=False,
+        )
 
 
 def _range(spec: SearchRange) -> Any:
@@ -49,15 +63,21 @@ def _range(spec: SearchRange) -> Any:
 def _outcome(result: Any, recipe: Recipe, metric: str) -> dict[str, Any]:
     figures, config = result.metrics or {}, result.config or {}
     return {
-        "values": {path: config.get(path) for path in recipe.tune.space}, metric: figures.get(metric),
-        "evaluations": figures.get("training_iteration", 0), "error": str(result.error) if result.error else None,
+        "values": {path: config.get(path) for path in recipe.tune.space},
+        metric: figures.get(metric),
+        "evaluations": figures.get("training_iteration", 0),
+        "error": str(result.error) if result.error else None,
     }
 
 
 def search(recipe: Recipe, prepared: Path, rows: int, folder: Path) -> dict[str, Any]:
     """Run the recipe's search; returns `best_recipe`, `best_value` and `trials` (best first)."""
     if not recipe.tune.space:
-        raise Refused("tune.space", "nothing is searched", 'e.g. --tune.space \'{"optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-3}}\'')
+        raise Refused(
+            "tune.space",
+            "nothing is searched",
+            'e.g. --tune.space \'{"optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-3}}\'',
+        )
     if recipe.tune.workers_per_trial != 1:
         raise Refused("tune.workers_per_trial", "trials of several workers are not supported yet", "use 1")
     import optuna
@@ -74,7 +94,10 @@ def search(recipe: Recipe, prepared: Path, rows: int, folder: Path) -> dict[str,
         tune.with_resources(_trial, {"cpu": 1}),
         param_space=fixed | {path: _range(spec) for path, spec in recipe.tune.space.items()},
         tune_config=tune.TuneConfig(
-            metric=task.metric, mode=mode, num_samples=recipe.tune.num_trials, reuse_actors=True,
+            metric=task.metric,
+            mode=mode,
+            num_samples=recipe.tune.num_trials,
+            reuse_actors=True,
             max_concurrent_trials=recipe.tune.max_concurrent or None,
             search_alg=OptunaSearch(sampler=optuna.samplers.TPESampler(seed=recipe.seed)),
             scheduler=ASHAScheduler(time_attr="training_iteration", max_t=recipe.tune.reports, grace_period=1),
@@ -90,6 +113,7 @@ def search(recipe: Recipe, prepared: Path, rows: int, folder: Path) -> dict[str,
     best = finished[0]
     failed = [trial for trial in trials if trial[task.metric] is None]
     return {
-        "best_recipe": override(recipe, best["values"]).model_dump(mode="json"), "best_value": best[task.metric],
+        "best_recipe": override(recipe, best["values"]).model_dump(mode="json"),
+        "best_value": best[task.metric],
         "trials": finished + failed,
     }

@@ -53,8 +53,14 @@ class Bundle:
 
 
 def write(
-    path: Path, task: Task, state: dict[str, Tensor], processor: Any, *, data: dict[str, Any],
-    metrics: dict[str, Any], lineage: dict[str, Any],
+    path: Path,
+    task: Task,
+    state: dict[str, Tensor],
+    processor: Any,
+    *,
+    data: dict[str, Any],
+    metrics: dict[str, Any],
+    lineage: dict[str, Any],
 ) -> Bundle:
     """Write a bundle beside, then rename it to `path`. `state`: the whole model's parameters and buffers."""
     config = transformers_config(task.recipe.model, **task.model_config())
@@ -76,9 +82,12 @@ def write(
             "facts": task.facts,
             "data": data,
             "metrics": metrics,
-            "lineage": lineage | {
-                "heliostat": heliostat.__version__, "torch": torch.__version__,
-                "transformers": transformers.__version__, "python": python_platform.python_version(),
+            "lineage": lineage
+            | {
+                "heliostat": heliostat.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": python_platform.python_version(),
             },
             "num_parameters": sum(p.numel() for p in model.parameters()),
             "files": files,
@@ -120,8 +129,11 @@ def verify(bundle: Bundle) -> None:
         if name not in found:
             raise Refused("bundle", f"{bundle.path}: {name} is missing", "restore it, or train again")
         if found[name] != digest:
-            raise Refused("bundle", f"{bundle.path}: {name} was changed after the bundle was written",
-                          "restore it, or train again")
+            raise Refused(
+                "bundle",
+                f"{bundle.path}: {name} was changed after the bundle was written",
+                "restore it, or train again",
+            )
     if extra := set(found) - set(bundle.card["files"]):
         raise Refused("bundle", f"{bundle.path}: {min(extra)} is not part of the bundle", "remove it")
 

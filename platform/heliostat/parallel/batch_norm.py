@@ -22,7 +22,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         y, mean_C, var_C, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.group, self.contributes)
         with torch.no_grad():
-            assert self.num_batches_tracked is not None and self.running_mean is not None
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None
             assert self.running_var is not None
             self.num_batches_tracked += 1
             momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
@@ -36,7 +37,9 @@ class _Normalise(torch.autograd.Function):
     E[x²] − E[x]², which cancels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, group: Any, contributes: bool) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, group: Any, contributes: bool
+    ) -> Any:
         dims = [0, *range(2, x.dim())]
         var_C, mean_C = torch.var_mean(x, dims, correction=0)
         count = float(x.numel() // x.shape[1]) if contributes else 0.0

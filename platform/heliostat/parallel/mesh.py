@@ -51,8 +51,11 @@ def make_layout(parallelism: Parallelism) -> Layout:
     batch = mesh["replicate", "fsdp"]._flatten("batch")
     sums = mesh["pipeline", "replicate", "fsdp"]._flatten("sums")
     return Layout(
-        device, mesh, parallelism,
+        device,
+        mesh,
+        parallelism,
         Coordinate(batch.get_local_rank(), batch.size()),
-        sums.get_group(), batch.get_group(),
+        sums.get_group(),
+        batch.get_group(),
         is_first=dist.get_rank() == 0,
     )

@@ -83,7 +83,10 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     elif degrees.replicate > 1:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
-            model, device_ids=ids, process_group=mesh["replicate"].get_group(), gradient_as_bucket_view=True,
+            model,
+            device_ids=ids,
+            process_group=mesh["replicate"].get_group(),
+            gradient_as_bucket_view=True,
             broadcast_buffers=False,  # its successor would still send them at the start; ranks build them alike
         )
     stages = {}

@@ -38,7 +38,9 @@ class PipelineRunner:
         if not stage.is_last:
             return []
         if not train:
-            self._sums = [self.task.loss(out, batch, train=False) for out, batch in zip(stage.output_chunks, batches, strict=True)]
+            self._sums = [
+                self.task.loss(out, batch, train=False) for out, batch in zip(stage.output_chunks, batches, strict=True)
+            ]
         return self._sums[-len(batches) :]  # the first run infers the shapes of gradients with a loss of its own
 
     def _schedule(self, count: int, train: bool) -> Any:

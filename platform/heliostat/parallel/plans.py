@@ -20,13 +20,17 @@ def tensor_plan(model: Any, degree: int) -> dict[str, ParallelStyle]:
     for field in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
         value = getattr(model.config, field, None)
         if value is not None and value % degree:
-            raise Refused("parallelism.tensor", f"tensor={degree} does not divide {field}={value}", f"use a divisor of {value}")
+            raise Refused(
+                "parallelism.tensor", f"tensor={degree} does not divide {field}={value}", f"use a divisor of {value}"
+            )
     styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
     for pattern, style in declared.items():
         if style not in styles:
-            raise Refused("parallelism.tensor", f"{family} asks for the style {style!r}, which is not supported", "use tensor=1")
+            raise Refused(
+                "parallelism.tensor", f"{family} asks for the style {style!r}, which is not supported", "use tensor=1"
+            )
         plan[f"{prefix}.{pattern}"] = styles[style]
     head = model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -52,10 +56,15 @@ def split_stage(model: Any, stage: int, stages: int) -> nn.Module:
     block_name = next(name for name in pipeline_modules(model) if isinstance(getattr(base, name), nn.ModuleList))
     blocks = getattr(base, block_name)
     if stages > len(blocks):
-        raise Refused("parallelism.pipeline", f"{stages} stages for {len(blocks)} blocks", f"use pipeline ≤ {len(blocks)}")
+        raise Refused(
+            "parallelism.pipeline", f"{stages} stages for {len(blocks)} blocks", f"use pipeline ≤ {len(blocks)}"
+        )
     if getattr(model.config, "tie_word_embeddings", False):
-        raise Refused("parallelism.pipeline", f"{type(model).__name__} ties its embeddings, whose ends lie on two stages",
-                      "set model.config tie_word_embeddings false, or use pipeline=1")
+        raise Refused(
+            "parallelism.pipeline",
+            f"{type(model).__name__} ties its embeddings, whose ends lie on two stages",
+            "set model.config tie_word_embeddings false, or use pipeline=1",
+        )
     bounds = [round(i * len(blocks) / stages) for i in range(stages + 1)]
     for index in range(len(blocks)):
         if not bounds[stage] <= index < bounds[stage + 1]:

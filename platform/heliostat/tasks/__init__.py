@@ -178,8 +178,11 @@ def load_object(path: str, field_name: str) -> Any:
 def get_task(recipe: Recipe, facts: dict[str, Any] | None = None) -> Task:
     path = BUILT_IN.get(recipe.task, recipe.task)
     if ":" not in path:
-        raise Refused("task", f"no task {recipe.task!r}", nearest(recipe.task, list(BUILT_IN)) or
-                      f"built in: {', '.join(BUILT_IN)}; your own: module:Class")
+        raise Refused(
+            "task",
+            f"no task {recipe.task!r}",
+            nearest(recipe.task, list(BUILT_IN)) or f"built in: {', '.join(BUILT_IN)}; your own: module:Class",
+        )
     return load_object(path, "task")(recipe, facts)
 
 
@@ -217,7 +220,8 @@ def encode_labels(table: pa.Table, column: str, labels: list[str], field_name: s
     for row, value in enumerate(table.column(column).to_pylist()):
         if value is None or str(value) not in index:
             raise Refused(
-                field_name, f"{row_name(table, row, where)} has the label {value!r}, which no training row has",
+                field_name,
+                f"{row_name(table, row, where)} has the label {value!r}, which no training row has",
                 "remove the row, or name the right column",
             )
         codes.append(index[str(value)])

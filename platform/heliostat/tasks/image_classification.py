@@ -83,8 +83,10 @@ class ImageClassification(Task):
     def prepare(self, table: pa.Table, processor: Any, where: str = "") -> pa.Table:
         pixels = self._pixels(table, where)
         if len(pixels) and list(pixels.shape[1:]) != self.facts["image_shape"]:
-            raise Refused("data.image_column", f"{where} has images of {list(pixels.shape[1:])}, "
-                          f"the training rows of {self.facts['image_shape']}")
+            raise Refused(
+                "data.image_column",
+                f"{where} has images of {list(pixels.shape[1:])}, the training rows of {self.facts['image_shape']}",
+            )
         width = int(np.prod(self.facts["image_shape"]))
         columns = {
             "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), width),
@@ -113,9 +115,13 @@ class ImageClassification(Task):
 
     def model_config(self) -> dict[str, Any]:
         labels, (channels, height, _) = self.facts["labels"], self.facts["image_shape"]
-        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "num_channels": channels,
-                "label2id": {label: i for i, label in enumerate(labels)},
-                "image_size": self.recipe.model.image_size or height}
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "num_channels": channels,
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "image_size": self.recipe.model.image_size or height,
+        }
 
     def row_sums(self, outputs: Tensor, batch: Batch, train: bool) -> dict[str, Tensor]:
         smoothing = self.recipe.training.label_smoothing if train else 0.0
@@ -173,8 +179,11 @@ def _decode(value: Any, where: str, shape: list[int] | None) -> np.ndarray:
         image: Image.Image = Image.open(io.BytesIO(_encoded(value) or b""))
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused("data.image_column", f"{where} is not an image that can be read: {error}",
-                      "remove the row, or repair the file") from error
+        raise Refused(
+            "data.image_column",
+            f"{where} is not an image that can be read: {error}",
+            "remove the row, or repair the file",
+        ) from error
     channels = shape[0] if shape else (1 if image.mode in ("L", "1", "I;16") else 3)
     image = image.convert("L" if channels == 1 else "RGB")
     if shape and image.size != (shape[2], shape[1]):

@@ -38,7 +38,7 @@ class LanguageModel(Task):
             if not isinstance(text, str):
                 raise Refused("data.text_column", f"{row_name(table, row, where)} holds {text!r}, not a text")
         length, end = self.recipe.data.sequence_length, processor.eos_token_id
-        documents = [ids + [end] for ids in processor(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        documents = [[*ids, end] for ids in processor(texts, add_special_tokens=False, verbose=False)["input_ids"]]
         if self.recipe.data.pack:
             stream = [token for ids in documents for token in ids]
             rows = [stream[start : start + length] for start in range(0, len(stream), length)]
@@ -46,10 +46,12 @@ class LanguageModel(Task):
             rows = [ids[:length] for ids in documents]
         # A row of one token predicts nothing.
         rows = [row for row in rows if len(row) > 1]
-        return pa.table({
-            "input_ids": pa.array(rows, pa.list_(pa.int32())),
-            "length": pa.array([len(row) for row in rows], pa.int32()),
-        })
+        return pa.table(
+            {
+                "input_ids": pa.array(rows, pa.list_(pa.int32())),
+                "length": pa.array([len(row) for row in rows], pa.int32()),
+            }
+        )
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
         ids_BT = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length)
@@ -73,7 +75,10 @@ class LanguageModel(Task):
         labels_BT = batch.targets["labels"]
         smoothing = self.recipe.training.label_smoothing if train else 0.0
         loss_BT = torch.nn.functional.cross_entropy(
-            outputs.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="none",
+            outputs.float().flatten(0, 1),
+            labels_BT.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
             label_smoothing=smoothing,
         ).view_as(labels_BT)
         valid_BT = labels_BT != IGNORED
@@ -109,5 +114,7 @@ class LanguageModel(Task):
         counts = np.bincount(train.column("input_ids").combine_chunks().values.to_numpy(), minlength=vocabulary) + 1.0
         log_probability = np.log(counts / counts.sum())
         rows = [np.asarray(ids[1:]) for ids in other.column("input_ids").to_pylist()]
-        return {"loss": np.array([-log_probability[row].sum() for row in rows]),
-                "weight": np.array([len(row) for row in rows], np.float64)}
+        return {
+            "loss": np.array([-log_probability[row].sum() for row in rows]),
+            "weight": np.array([len(row) for row in rows], np.float64),
+        }

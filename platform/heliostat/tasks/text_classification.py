@@ -56,9 +56,7 @@ class TextClassification(Task):
             "text": pa.array(texts, pa.large_string()),
         }
         if data.label_column in table.column_names:
-            columns["label"] = encode_labels(
-                table, data.label_column, self.facts["labels"], "data.label_column", where
-            )
+            columns["label"] = encode_labels(table, data.label_column, self.facts["labels"], "data.label_column", where)
         return pa.table(columns)
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
@@ -68,13 +66,21 @@ class TextClassification(Task):
         targets = {}
         if "label" in rows.table.column_names:
             targets["labels"] = torch.from_numpy(rows.column("label").to_numpy().astype(np.int64))
-        return Batch({"input_ids": ids_BT, "attention_mask": mask_BT}, targets,
-                     torch.from_numpy(rows.row_weight_B), rows.sample_ids)
+        return Batch(
+            {"input_ids": ids_BT, "attention_mask": mask_BT},
+            targets,
+            torch.from_numpy(rows.row_weight_B),
+            rows.sample_ids,
+        )
 
     def model_config(self) -> dict[str, Any]:
         labels = self.facts["labels"]
-        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
-                "label2id": {label: i for i, label in enumerate(labels)}, "pad_token_id": self.facts["padding_id"]}
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "pad_token_id": self.facts["padding_id"],
+        }
 
     def row_sums(self, outputs: Tensor, batch: Batch, train: bool) -> dict[str, Tensor]:
         smoothing = self.recipe.training.label_smoothing if train else 0.0
@@ -98,8 +104,9 @@ class TextClassification(Task):
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
-                              LogisticRegression(max_iter=1000, C=10.0))
+        model = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LogisticRegression(max_iter=1000, C=10.0)
+        )
         model.fit(train.column("text").to_pylist(), train.column("label").to_numpy())
         correct = model.predict(other.column("text").to_pylist()) == other.column("label").to_numpy()
         return {"accuracy": correct.astype(np.float64), "weight": np.ones(len(correct))}
@@ -113,4 +120,3 @@ def tokenize(texts: list[str], tokenizer: Any, max_length: int, truncation: str)
     whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
     tail = max_length // 2
     return [ids if len(ids) <= max_length else ids[: max_length - tail] + ids[-tail:] for ids in whole]
-

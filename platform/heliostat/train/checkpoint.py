@@ -1,6 +1,6 @@
 """Sharded checkpoints through torch.distributed.checkpoint, published by a manifest that is written last.
 
-    FOLDER/step-00000120/*.distcp  .metadata  manifest.json
+FOLDER/step-00000120/*.distcp  .metadata  manifest.json
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ class Found:
 
 
 def save(
-    folder: Path, step: int, trainer: dict[str, Any], model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None, average: MovingAverage | None, keep: int | None = None,
+    folder: Path,
+    step: int,
+    trainer: dict[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    average: MovingAverage | None,
+    keep: int | None = None,
 ) -> Path:
     """Write a checkpoint; it exists once its manifest does. On an error nothing of it is left.
 
@@ -77,8 +82,11 @@ def load(
     state = _state(model, optimizer, average)
     dcp.load(state, checkpoint_id=found.path, no_dist=not dist.is_initialized())
     set_state_dict(
-        model, optimizer if optimizer is not None else [], model_state_dict=state["model"],
-        optim_state_dict=state.get("optimizer", {}), options=OPTIONS,
+        model,
+        optimizer if optimizer is not None else [],
+        model_state_dict=state["model"],
+        optim_state_dict=state.get("optimizer", {}),
+        options=OPTIONS,
     )
 
 

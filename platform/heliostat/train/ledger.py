@@ -51,7 +51,9 @@ class Ledger:
             return
         self._saved = now
         self.enter(self._class)
-        write_atomically(self.file, json.dumps({"started": self.started, "ended": time.time(), "seconds": self.seconds}))
+        write_atomically(
+            self.file, json.dumps({"started": self.started, "ended": time.time(), "seconds": self.seconds})
+        )
 
 
 def summarise(folder: Path, started: float, ended: float) -> dict[str, Any]:

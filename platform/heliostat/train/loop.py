@@ -50,9 +50,13 @@ class Progress:
 
     def as_dict(self, loader: Loader) -> dict[str, Any]:
         return {
-            "step": self.step, "cursor": self.cursor.as_dict(), "best": self.best, "best_step": self.best_step,
+            "step": self.step,
+            "cursor": self.cursor.as_dict(),
+            "best": self.best,
+            "best_step": self.best_step,
             "evaluations_without_gain": self.evaluations_without_gain,
-            "fingerprint": loader.fingerprint, "global_batch_size": loader.global_batch_size,
+            "fingerprint": loader.fingerprint,
+            "global_batch_size": loader.global_batch_size,
         }
 
 
@@ -60,9 +64,16 @@ class Run:
     """One attempt at a run on this rank. Collective: every rank makes one and calls `train`."""
 
     def __init__(
-        self, recipe: Recipe, prepared: Prepared, run_dir: Path, *,
-        report: Callable[[dict[str, Any]], None] | None = None, resume: Path | None = None,
-        should_stop: Callable[[], bool] = lambda: False, write_bundle: bool = True, lineage: dict[str, Any] | None = None,
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        run_dir: Path,
+        *,
+        report: Callable[[dict[str, Any]], None] | None = None,
+        resume: Path | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        write_bundle: bool = True,
+        lineage: dict[str, Any] | None = None,
     ) -> None:
         """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
         run has none of its own."""
@@ -104,8 +115,10 @@ class Run:
         """Sorted by length, and in batches that every rank has a share of."""
         table = open_split(self.prepared.folder, "validation")
         table = table.sort_by("length")
-        size = self.recipe.training.micro_batch_size * self.layout.replicas * (
-            4 if self.recipe.parallelism.pipeline == 1 else self.recipe.parallelism.pipeline
+        size = (
+            self.recipe.training.micro_batch_size
+            * self.layout.replicas
+            * (4 if self.recipe.parallelism.pipeline == 1 else self.recipe.parallelism.pipeline)
         )
         return Loader(table, 0, size, shuffle=False)
 
@@ -219,7 +232,9 @@ class Run:
             figures = self._validate()
             progress, training = self.progress, self.recipe.training
             value = figures[self.task.metric]
-            better = progress.best is None or ((value > progress.best) == self.task.higher_is_better and value != progress.best)
+            better = progress.best is None or (
+                (value > progress.best) == self.task.higher_is_better and value != progress.best
+            )
             if better:
                 progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
                 if training.keep_best and self.write_bundle:
@@ -246,7 +261,10 @@ class Run:
                 if self.step.pipeline:
                     micro = self.step.pipeline.run(batches, train=False)
                 else:
-                    micro = [self.task.loss(self.task.outputs(self.parallel.model, batch), batch, train=False) for batch in batches]
+                    micro = [
+                        self.task.loss(self.task.outputs(self.parallel.model, batch), batch, train=False)
+                        for batch in batches
+                    ]
             names = self._metric_names(micro)
             part, _ = self.step.global_sums(micro, False, names)
             sums = part if sums is None else sums + part
@@ -269,19 +287,32 @@ class Run:
             self.recorder.flush()
             try:
                 checkpoint.save(
-                    self.checkpoints, self.progress.step, self.progress.as_dict(self.loader), self.parallel.model,
-                    self.optimizer, self.average, keep=self.recipe.checkpoint.keep,
+                    self.checkpoints,
+                    self.progress.step,
+                    self.progress.as_dict(self.loader),
+                    self.parallel.model,
+                    self.optimizer,
+                    self.average,
+                    keep=self.recipe.checkpoint.keep,
                 )
             except BaseException as error:
                 if disk_full(error):
-                    raise DiskFull(f"the disk of {self.checkpoints} is full: no checkpoint of step {self.progress.step}") from error
+                    raise DiskFull(
+                        f"the disk of {self.checkpoints} is full: no checkpoint of step {self.progress.step}"
+                    ) from error
                 raise
 
     def _finish(self, status: str, seconds: float) -> dict[str, Any]:
         self.recorder.close()
         outcome: dict[str, Any] = {
-            "status": status, "step": self.progress.step, "total_steps": self.total, "best": self.progress.best,
-            "best_step": self.progress.best_step, "metric": self.task.metric, "loop_s": seconds, "bundle": None,
+            "status": status,
+            "step": self.progress.step,
+            "total_steps": self.total,
+            "best": self.progress.best,
+            "best_step": self.progress.best_step,
+            "metric": self.task.metric,
+            "loop_s": seconds,
+            "bundle": None,
         }
         if status != "interrupted" and self.write_bundle:
             if self.recipe.training.keep_best:
@@ -293,7 +324,10 @@ class Run:
             state = full_state(self.parallel)
             if self.first:
                 written = bundles.write(
-                    self.run_dir / BUNDLE, self.task, state, self.prepared.processor(),
+                    self.run_dir / BUNDLE,
+                    self.task,
+                    state,
+                    self.prepared.processor(),
                     data={"fingerprint": self.prepared.fingerprint, "folder": str(self.prepared.folder)},
                     metrics={f"validation.{self.task.metric}": self.progress.best},
                     lineage={"run": self.run_dir.name, "step": self.progress.best_step, **self.lineage},
@@ -322,8 +356,17 @@ class Recorder:
             return
         loss_sum, weight, metric_sums, grad_norm = result.read()
         figures = {name: value / max(weight, 1e-12) for name, value in metric_sums.items()}
-        self._write({"step": step, "loss": loss_sum / max(weight, 1e-12), "weight": weight, "grad_norm": grad_norm,
-                     "lr": lr, "time": time.time(), **figures})
+        self._write(
+            {
+                "step": step,
+                "loss": loss_sum / max(weight, 1e-12),
+                "weight": weight,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "time": time.time(),
+                **figures,
+            }
+        )
         if time.monotonic() - self._flushed > 1.0:
             self.flush()
 
@@ -369,8 +412,11 @@ def disk_full(error: BaseException | None) -> bool:
     # torch's zip writer raises RuntimeErrors that carry the system's words only.
     words = str(error)
     return (
-        "No space left on device" in words or "file write failed" in words or "unexpected pos" in words
-        or any(disk_full(each) for each in inner) or disk_full(error.__cause__)
+        "No space left on device" in words
+        or "file write failed" in words
+        or "unexpected pos" in words
+        or any(disk_full(each) for each in inner)
+        or disk_full(error.__cause__)
     )
 
 

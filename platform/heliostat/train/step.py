@@ -76,12 +76,18 @@ class TrainStep:
             return self.pipeline.run(batches, train=True)
 
     def global_sums(self, micro: list[LossSums], stop: bool, names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
-        """One all-reduce carries loss, weight, metrics and the wish to stop. Pipeline stages without a loss add zeros."""
+        """One all-reduce carries loss, weight, metrics and the wish to stop. Pipeline stages without one add zeros."""
         device = self.parallel.layout.device
         sums = torch.zeros(3 + len(names), dtype=torch.float64, device=device)
         for loss_sum, weight, metric_sums in micro:
-            sums += torch.stack([loss_sum.double(), weight.double(), sums.new_zeros(()),
-                                 *(metric_sums[name].double() for name in names)])
+            sums += torch.stack(
+                [
+                    loss_sum.double(),
+                    weight.double(),
+                    sums.new_zeros(()),
+                    *(metric_sums[name].double() for name in names),
+                ]
+            )
         sums[2] = float(stop)
         if self.parallel.layout.sums_group is not None:
             dist.all_reduce(sums, group=self.parallel.layout.sums_group)
