@@ -1,11 +1,11 @@
-# run: the main job · test · lint · bench · lock · stop
+# run: the main job · test · lint · lock · stop
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_AUTH_MODE := token
 
-.PHONY: run test test-all lint bench lock stop clean
+.PHONY: run test test-all lint lock stop clean
 
 run: $(VENV)/ready
 	$(BIN)/python -m pipelines.lifecycle sentiment $(ARGS)
@@ -20,10 +20,6 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-bench: $(VENV)/ready
-	$(BIN)/python bench/train_overhead.py
-	$(BIN)/python bench/serve_overhead.py
 
 # Ends what `--keep` left running.
 stop: $(VENV)/ready

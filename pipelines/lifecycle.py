@@ -24,7 +24,6 @@ from pipelines.evaluate import evaluate_split
 from pipelines.job import Job, main
 from serve.classifier import deploy
 
-
 SHAPING = ("task", "seed", "model", "data", "optimizer", "schedule", "training", "parallelism")
 """Sections of a recipe that shape the trained weights."""
 
