@@ -142,7 +142,7 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
                 "--working-dir",
                 ".",
                 "--",
-                f"python -m pipelines.train {recipe_file} --schedule.max-steps 4 --run-name submitted",
+                *f"python -m pipelines.train {recipe_file} --schedule.max-steps 4 --run-name submitted".split(),
             ],
             cwd=ROOT,
             env=env,

@@ -103,7 +103,9 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
 def start_kept_cluster() -> None:
     """`ray start --head` on loopback, unless one runs."""
     ray_command = str(Path(sys.executable).with_name("ray"))
-    env = os.environ | environment() | {"RAY_AUTH_MODE": "token"}
+    # Submitted jobs say `python` and mean this environment's.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = os.environ | environment() | {"RAY_AUTH_MODE": "token", "PATH": path}
     if subprocess.run([ray_command, "status"], env=env, capture_output=True, check=False).returncode == 0:
         return
     command = [
