@@ -1,11 +1,11 @@
-# run: the main job · test · lint · lock · stop
+# run: the main job · test · lint · bench · lock · stop
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_AUTH_MODE := token
 
-.PHONY: run test test-all lint lock stop clean
+.PHONY: run test test-all lint bench lock stop clean
 
 run: $(VENV)/ready
 	$(BIN)/python -m pipelines.lifecycle sentiment $(ARGS)
@@ -20,6 +20,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.train_overhead
 
 # Ends what `--keep` left running.
 stop: $(VENV)/ready
