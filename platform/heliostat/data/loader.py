@@ -7,6 +7,7 @@ global batches; the coordinate says which share of one is whose.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,23 +110,40 @@ class Loader:
         return np.concatenate([batches[random.permutation(len(batches))].reshape(-1), ordered[full:]])
 
 
+ONE_CHUNK_BYTES = 1 << 30
+"""Up to this size a split is kept as one chunk: taking rows from several costs forty times as much."""
+
+
 def open_split(folder: Path, split: str) -> pa.Table:
     """A prepared split, memory-mapped. Parquet is what is stored; a copy in Arrow's file format, made beside
     it at first use, lets rows be read at random without decoding."""
     files = sorted((folder / split).glob("*.parquet"))
     if not files:
         raise Refused("data", f"{folder} has no prepared split {split!r}", "prepare the data again")
-    tables = []
-    for file in files:
-        mapped = file.with_suffix(".arrow")
-        if not mapped.exists():
-            beside = mapped.with_name(f".{mapped.name}.{os.getpid()}")
-            table = pq.read_table(file)
-            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
+    mapped = folder / f"{split}.arrow"
+    if not mapped.exists():
+        beside = mapped.with_name(f".{mapped.name}.{os.getpid()}")
+        try:
+            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, pq.read_schema(files[0])) as writer:
+                for table in _tables(files):
+                    writer.write_table(table)
             os.replace(beside, mapped)
-        tables.append(pa.ipc.open_file(pa.memory_map(str(mapped))).read_all())
-    return pa.concat_tables(tables)
+        finally:
+            beside.unlink(missing_ok=True)
+    return pa.ipc.open_file(pa.memory_map(str(mapped))).read_all()
+
+
+def _tables(files: list[Path]) -> Iterator[pa.Table]:
+    """The files' rows: as one chunk where they are few, else file by file, so that no process holds the whole."""
+    sizes = [group.total_byte_size for file in files for group in _row_groups(pq.ParquetFile(file).metadata)]
+    if sum(sizes) <= ONE_CHUNK_BYTES:
+        yield pa.concat_tables([pq.read_table(file) for file in files]).combine_chunks()
+    else:
+        yield from (pq.read_table(file) for file in files)
+
+
+def _row_groups(metadata: pq.FileMetaData) -> list[pq.RowGroupMetaData]:
+    return [metadata.row_group(i) for i in range(metadata.num_row_groups)]
 
 
 def subset(table: pa.Table, limit: int | None, seed: int) -> pa.Table:

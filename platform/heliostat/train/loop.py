@@ -203,7 +203,11 @@ class Run:
 
     def _seed(self) -> None:
         """Dropout is a function of (seed, step, share), not of history: resuming needs no generator state."""
-        torch.manual_seed((self.recipe.seed * 1_000_003 + self.progress.step) * 4099 + self.layout.coordinate.index)
+        seed = (self.recipe.seed * 1_000_003 + self.progress.step) * 4099 + self.layout.coordinate.index
+        # Not torch.manual_seed, which looks for every kind of device at each call.
+        torch.default_generator.manual_seed(seed)
+        if self.layout.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _stop_wanted(self) -> bool:
         if self.should_stop():
