@@ -1,28 +1,41 @@
-# run: the main job · test · lint · bench · lock · stop
+# run: the main job · test · test-all · lint · bench · lock · stop · clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_AUTH_MODE := token
 
-.PHONY: run test test-all lint bench lock stop clean
+.PHONY: run test test-all apt lint bench lock stop clean
 
 run: $(VENV)/ready
 	$(BIN)/python -m pipelines.lifecycle sentiment $(ARGS)
 
-test: $(VENV)/ready
+test: $(VENV)/ready apt
 	$(BIN)/python -m pytest -m "not slow" tests
 
-test-all: $(VENV)/ready
+test-all: $(VENV)/ready apt
 	$(BIN)/python -m pytest tests
+
+# System packages that tests need. Where root on Debian or Ubuntu does not run this, those tests skip and say why.
+apt:
+	@missing=$$(for name in $$(sed 's/ *#.*//' tests/apt.txt); do dpkg -s $$name >/dev/null 2>&1 || echo $$name; done); \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "apt-get install" $$missing; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes \
+			apt-get install -qq -y --no-install-recommends $$missing; } >/dev/null \
+			|| echo "not installed; the tests that need them skip"; \
+	fi
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.train_overhead
+	$(BIN)/python -m bench.launch_overhead
+	$(BIN)/python -m bench.serve_overhead
 
 # Ends what `--keep` left running.
 stop: $(VENV)/ready

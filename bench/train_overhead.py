@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ from heliostat.data.loader import Coordinate, Cursor, Loader, open_split
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.models.load import build_model
 from heliostat.recipe import Recipe, override
-from heliostat.train.loop import train
+from heliostat.train.loop import Recorder, train
 from heliostat.train.optim import lr_factor
 from pipelines.recipes.language import tiny_lm
 
@@ -82,6 +83,12 @@ def ours(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
 
     train(recipe, data.folder, run_dir, should_stop=at_each_step, write_bundle=False)
     return per_step(stamps)
+
+
+def unrecorded(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
+    """Ours, but no step's figures are read or written."""
+    with mock.patch.object(Recorder, "step", return_value=None):
+        return ours(recipe, data, run_dir)
 
 
 def batches(recipe: Recipe, data: Prepared) -> list[dict[str, torch.Tensor]]:
@@ -166,14 +173,19 @@ def trainer(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
 def measure(size: str, pairs: int, steps: int, folder: Path) -> dict[str, Any]:
     recipe = recipe_for(size, folder / "storage", steps)
     data, _ = prepare(recipe)
-    ways: dict[str, Callable[[Recipe, Prepared, Path], float]] = {"heliostat": ours, "bare": bare, "trainer": trainer}
+    ways: dict[str, Callable[[Recipe, Prepared, Path], float]] = {
+        "heliostat": ours,
+        "bare": bare,
+        "trainer": trainer,
+        "unrecorded": unrecorded,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for pair in range(pairs):
         for name, way in ways.items():
             seconds[name].append(way(recipe, data, folder / f"{size}-{name}-{pair}"))
     ratios = {
         other: [a / b for a, b in zip(seconds["heliostat"], seconds[other], strict=True)]
-        for other in ("bare", "trainer")
+        for other in ("bare", "trainer", "unrecorded")
     }
     return {
         "model": size,
@@ -182,6 +194,7 @@ def measure(size: str, pairs: int, steps: int, folder: Path) -> dict[str, Any]:
         "cpu_ms_per_step": {name: round(1000 * statistics.median(values), 3) for name, values in seconds.items()},
         "over_bare": spread(ratios["bare"]),
         "over_trainer": spread(ratios["trainer"]),
+        "recording_over_none": spread(ratios["unrecorded"]),
         "added_ms_over_bare": round(
             1000 * (statistics.median(seconds["heliostat"]) - statistics.median(seconds["bare"])), 3
         ),

@@ -123,6 +123,7 @@ def _classifier(settings: Deploy) -> type:
         def __init__(self) -> None:
             self.predictor: Predictor | None = None
             self.version = ""
+            self.ongoing = 0
             # One: models and tokenizers are not for sharing, and a second would only contend for processors.
             self.thread = ThreadPoolExecutor(1, "predict")
 
@@ -145,12 +146,20 @@ def _classifier(settings: Deploy) -> type:
             # Taken once: all of a request's answers come from one bundle, whatever is swapped meanwhile.
             predictor, version = self.predictor, self.version
             assert predictor is not None
+            self.ongoing += 1
+            try:
+                predictions = await self._answers(predictor, inputs)
+            finally:
+                self.ongoing -= 1
+            return Answer(predictions=predictions, bundle=predictor.bundle.digest[:12], version=version)
+
+        async def _answers(self, predictor: Predictor, inputs: list[Input]) -> list[dict[str, Any]]:
+            if self.ongoing == 1 and len(inputs) <= settings.max_batch_size:
+                return await self._in_thread(predictor.predict, inputs)  # alone: no wait for others to share a batch
             # Prepared before they are batched: a refusal names the input by its place in its own request, and
             # touches no other request.
             table = await self._in_thread(predictor.rows, inputs)
-            rows = [self.predict_row((predictor, table.slice(i, 1))) for i in range(len(inputs))]
-            predictions = await asyncio.gather(*rows)
-            return Answer(predictions=predictions, bundle=predictor.bundle.digest[:12], version=version)
+            return await asyncio.gather(*(self.predict_row((predictor, table.slice(i, 1))) for i in range(len(inputs))))
 
         @serve.batch(max_batch_size=settings.max_batch_size, batch_wait_timeout_s=settings.batch_wait_s)
         async def predict_row(self, rows: list[tuple[Predictor, pa.Table]]) -> list[dict[str, Any]]:

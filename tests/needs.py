@@ -1,0 +1,18 @@
+"""Tests that need a system package skip without it, and say which command installs it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from heliostat.data.packaged import FASHION
+
+
+def _needs(package: str, there: bool) -> pytest.MarkDecorator:
+    command = f"sudo apt-get install {package}"
+    return pytest.mark.skipif(not there, reason=f"{package} is not installed: {command}, or run `make test` as root")
+
+
+ps = _needs("procps", shutil.which("ps") is not None)
+fashion = _needs("dataset-fashion-mnist", FASHION.exists())

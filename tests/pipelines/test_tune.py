@@ -1,0 +1,126 @@
+"""The search on a real cluster: what it lists, what wins, trials of several workers, and trials that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heliostat.launch.cluster import logical_cpus
+from heliostat.launch.tune import trial_recipe
+from heliostat.recipe import Recipe, Refused, load, override
+from heliostat.train.loop import train
+from pipelines import tune
+from pipelines.job import Job, parse
+from tests.pipelines.jobs import Done, run
+from tests.recipes import prepared, tiny_bert
+
+LR = {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}
+INVALID = {"model.freeze_layers": {"kind": "choice", "values": [0, 99]}, "optimizer.lr": LR}
+
+
+def recipe_file(folder: Path, space: dict[str, Any], **overrides: Any) -> Path:
+    settings = {"tune.epochs": 3, "tune.reports": 3, "tune.space": space} | overrides
+    tiny_bert(folder, **settings).save(folder / "recipe.json")
+    return folder / "recipe.json"
+
+
+def ok(done: Done) -> dict[str, Any]:
+    assert done.code == 0, done.stderr[-4000:]
+    trials = done.answer["trials"]
+    finished = [trial["accuracy"] for trial in trials if trial["error"] is None]
+    assert finished == sorted(finished, reverse=True)
+    assert all(trial["accuracy"] is None for trial in trials[len(finished) :]), "failed trials are listed last"
+    assert done.answer["best_value"] == done.answer["metrics"]["best_value"] == max(finished)
+    said = done.stderr
+    assert sum(line.startswith("trial ") for line in said.splitlines()) == len(trials), "a line for each trial"
+    for noise in ("tensorboard", "View detailed results", "Configuration for experiment"):
+        assert noise not in said
+    assert not (Path(done.answer["run_dir"]) / "trials").exists(), "nothing of the trials stays but their figures"
+    return done.answer
+
+
+def accuracy_here(recipe: Recipe, values: dict[str, Any], folder: Path) -> float:
+    """What the trial ought to have measured: the same training in this process, without Ray."""
+    data = prepared(recipe)
+    alone = override(trial_recipe(recipe, values, data.meta["rows"]["train"]), {"parallelism.workers": 1})
+    train(alone, data.folder, folder, write_bundle=False)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["validation"]["accuracy"] for record in records if "validation" in record][-1]
+
+
+def test_search_finds_the_best_of_its_trials(tmp_path: Path) -> None:
+    space = {"optimizer.lr": LR, "training.label_smoothing": {"kind": "uniform", "low": 0.0, "high": 0.3}}
+    file = recipe_file(tmp_path, space)
+    answer = ok(run("tune", str(file)))
+    assert len(answer["trials"]) == 4
+    for trial in answer["trials"]:
+        assert trial["error"] is None
+        assert 1 <= trial["evaluations"] <= 3
+        assert 1e-4 <= trial["values"]["optimizer.lr"] <= 1e-2
+        assert 0.0 <= trial["values"]["training.label_smoothing"] <= 0.3
+    assert len({trial["values"]["optimizer.lr"] for trial in answer["trials"]}) == 4
+    winner = answer["trials"][0]
+    if winner["evaluations"] == 3:  # ASHA may have stopped it earlier
+        assert accuracy_here(load(file), winner["values"], tmp_path / "here") == pytest.approx(winner["accuracy"])
+
+    best, _ = parse(["--recipe", answer["best_recipe"]])
+    assert best == override(load(file), winner["values"]), "the winner's values, and the recipe's own epochs and rows"
+
+
+def test_trials_of_two_workers_and_one_that_cannot_be(tmp_path: Path) -> None:
+    """Each takes all CPUs: the second, which fails, can only start once the first, stopped at its last evaluation,
+    has given them back."""
+    settings = {"tune.workers_per_trial": 2, "tune.num_trials": 2, "parallelism.cpus_per_worker": logical_cpus() // 2}
+    file = recipe_file(tmp_path, INVALID, **settings, seed=6)  # a seed that draws 0 first, then 99
+    answer = ok(run("tune", str(file)))
+    finished, failed = answer["trials"]
+    assert (finished["values"]["model.freeze_layers"], finished["error"]) == (0, None)
+    assert failed["values"]["model.freeze_layers"] == 99
+    assert failed["error"] == "model.freeze_layers: 99 of 2 blocks (use ≤ 2)"
+    assert finished["evaluations"] == 3
+    here = accuracy_here(load(file), finished["values"], tmp_path / "here")
+    assert here == pytest.approx(finished["accuracy"], abs=1 / 32), "as one process, but for the order of sums"
+
+
+def test_all_trials_failing_is_a_failure(tmp_path: Path) -> None:
+    space = {"model.freeze_layers": {"kind": "choice", "values": [98, 99]}}
+    done = run("tune", str(recipe_file(tmp_path, space, **{"tune.num_trials": 2})))
+    assert done.code == 1
+    assert done.answer["status"] == "failed"
+    assert done.answer["error"].startswith(
+        "RuntimeError: no trial of 2 finished, the first failed with: model.freeze_layers: 9"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "suggestion"),
+    [
+        (["--tune.space", "{}"], "tune.space", "log_uniform"),
+        (["--tune.space", '{"seed": {"kind": "int", "low": 1, "high": 2}}'], "tune.space", "set seed itself"),
+        (["--tune.workers-per-trial", "1000"], "tune.workers_per_trial", "use ≤"),
+    ],
+)
+def test_refused_before_ray_starts(
+    words: list[str], field: str, suggestion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("Ray would have started")
+
+    monkeypatch.setattr(tune, "connect", connect)
+    recipe, options = parse(["--recipe", str(recipe_file(tmp_path, {"optimizer.lr": LR})), *words])
+    with pytest.raises(Refused) as refused:
+        tune.run(Job("tune", recipe, options, tmp_path / "run"))
+    assert refused.value.field == field
+    assert suggestion in refused.value.suggestion
+    assert not (tmp_path / "storage").exists(), "nothing was prepared"
+
+
+def test_unknown_path_is_refused(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, {"optimizer.lr": LR})
+    file.write_text(file.read_text().replace('"space": {\n      "optimizer.lr"', '"space": {\n      "optimizer.lrr"'))
+    with pytest.raises(Refused, match=r"did you mean optimizer\.lr\?") as refused:
+        parse(["--recipe", str(file)])
+    assert refused.value.field == "optimizer.lrr"

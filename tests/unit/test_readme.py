@@ -1,0 +1,111 @@
+"""Every command that README.md and docs/ show is one that would be accepted, and the example task loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from heliostat.recipe import Recipe
+from heliostat.tasks import get_task
+from pipelines.job import find_recipe, parse
+from pipelines.recipes import BUILT_IN
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HEADS = ("make ", "python -m ", "ray ")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command): the lines of shell blocks, and commands within a sentence."""
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            yield from ((page.name, line) for line in block.replace("\\\n", " ").splitlines() if line.strip())
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        yield from ((page.name, span) for span in re.findall(r"`([^`\n]+)`", prose) if span.startswith(HEADS))
+
+
+@pytest.fixture
+def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder one is in after following docs/own_task.md."""
+    (source,) = blocks(ROOT / "docs" / "own_task.md", "python")
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # which restores sys.path in the end
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def check(words: list[str]) -> None:
+    match words:
+        case ["make", target, *variables]:
+            assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no {target}"
+            for variable in variables:
+                name, _, value = variable.partition("=")
+                assert (target, name) == ("run", "ARGS"), variable
+                parse(["sentiment", *shlex.split(value)])
+        case ["python", "-m", module, *arguments]:
+            assert module.startswith("pipelines.")
+            assert importlib.util.find_spec(module), f"no {module}"
+            parse(arguments)
+        case ["ray", "job", "submit", *rest]:
+            options, job = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+            assert options[::2] == ["--runtime-env", "--working-dir"]
+            assert all((ROOT / name).exists() for name in options[1::2])
+            check(job)
+        case ["ray", "up" | "down", file]:
+            assert (ROOT / file).is_file()
+        case ["curl", "-s", address, "-H", "content-type: application/json", "-d", body]:
+            recipe = find_recipe("sentiment")
+            url = urlsplit(f"http://{address}")
+            assert (url.hostname, url.port, url.path) == (recipe.deploy.host, recipe.deploy.port, "/predict")
+            get_task(recipe).parse(json.loads(body)["inputs"])
+        case _:
+            pytest.fail(f"nothing here knows how to check: {shlex.join(words)}")
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+@pytest.mark.usefixtures("own_task")
+def test_command(page: str, command: str) -> None:
+    check(shlex.split(command, comments=True))
+
+
+@pytest.mark.usefixtures("own_task")
+def test_own_task() -> None:
+    recipe = find_recipe("mine:recipe")
+    assert isinstance(recipe, Recipe)
+    task = get_task(recipe, {"labels": ["0", "1"]})
+    assert type(task).__name__ == "Lowercase"
+    task.check()
+    assert task.parse([{"text": "LOUD"}]).column("text").to_pylist() == ["loud"]
+
+
+def test_recipes_are_those_listed() -> None:
+    """The README's list is the built-in one."""
+    (listed,) = re.findall(r"^Recipes: `([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert listed.split() == list(BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["make nothing", "python -m pipelines.trian sentiment", "python -m pipelines.train sentiment --lr 1", "git pull"],
+)
+def test_a_wrong_command_is_found(command: str) -> None:
+    with pytest.raises((AssertionError, ValueError, pytest.fail.Exception)):
+        check(command.split())
+
+
+def test_no_command_is_overlooked() -> None:
+    found = [command for _, command in commands()]
+    assert {command.split()[0] for command in found} == {"make", "python", "ray", "curl"}
