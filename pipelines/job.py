@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from pydantic import ValidationError
 
-from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, write_atomically
+from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, refusal, write_atomically
 from heliostat.tasks import load_object
 from pipelines.recipes import BUILT_IN
 
@@ -122,8 +123,11 @@ def parse(words: list[str]) -> tuple[Recipe, Options]:
 
     from tyro._errors import on_parse_error
 
-    with on_parse_error(refuse):
-        parsed = tyro.cli(Arguments, args=words, default=Arguments(recipe, Options()), registry=_json_field())
+    try:
+        with on_parse_error(refuse):
+            parsed = tyro.cli(Arguments, args=words, default=Arguments(recipe, Options()), registry=_json_field())
+    except ValidationError as error:
+        raise refusal(error) from error
     # tyro builds section by section; this checks the whole.
     return build(parsed.recipe.model_dump(mode="json")), parsed.options
 

@@ -22,6 +22,7 @@ from heliostat.registry import champion, promote, register
 from heliostat.tracking import log_run, start_server, tracking_uri
 from pipelines.evaluate import evaluate_split
 from pipelines.job import Job, main
+from pipelines.tune import check_search
 from serve.classifier import deploy
 
 SHAPING = ("task", "seed", "model", "data", "optimizer", "schedule", "training", "parallelism")
@@ -70,6 +71,8 @@ def run(job: Job) -> dict[str, Any]:
                 "schedule.epochs": 1.5 * recipe.schedule.epochs,
             },
         )
+    if recipe.tune.space:
+        check_search(job)
     stages = Stages(recipe, options.fresh)
     kept: list[Prepared] = []
 

@@ -1,22 +1,19 @@
 """`python -m pipelines.tune RECIPE`: search the recipe's space; the winner is a recipe for pipelines.train."""
 
-import os
 import sys
 from typing import Any
 
 from heliostat.data.prepare import prepare
 from heliostat.hardware import this_machine
 from heliostat.launch.batch import run_on_ray
-from heliostat.launch.cluster import connect, logical_cpus
+from heliostat.launch.cluster import connect, logical_cpus, starts_here
 from heliostat.launch.tune import check_space, search, short, trials_at_once
 from heliostat.recipe import build
 from pipelines.job import Job, main
 
 
 def run(job: Job) -> dict[str, Any]:
-    check_space(job.recipe)
-    if not job.options.address and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        trials_at_once(job.recipe, [{"CPU": logical_cpus(), "GPU": this_machine().gpus}], "this machine")
+    check_search(job)
     with connect(job.recipe, job.options.address):
         prepared, _ = prepare(job.recipe, run_on_ray)
         job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -25,6 +22,13 @@ def run(job: Job) -> dict[str, Any]:
     build(found["best_recipe"]).save(best)
     table(found["trials"], found["metric"])
     return found | {"best_recipe": str(best), "metrics": {"best_value": found["best_value"]}}
+
+
+def check_search(job: Job) -> None:
+    """Refuse, before Ray starts, a search that cannot run."""
+    check_space(job.recipe)
+    if starts_here(job.options.address):
+        trials_at_once(job.recipe, [{"CPU": logical_cpus(), "GPU": this_machine().gpus}], "this machine")
 
 
 def table(trials: list[dict[str, Any]], metric: str) -> None:

@@ -59,11 +59,15 @@ def runtime_env() -> dict[str, Any]:
     }
 
 
+def starts_here(address: str) -> bool:
+    """Whether a job with this `--address` starts Ray on this machine for itself."""
+    return not address and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
+
+
 @contextmanager
 def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[None]:
     """Ray, connected for the time of the block. `keep`: on a cluster that outlives the job."""
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    local = not address and not submitted
+    local = starts_here(address)
     if local:
         machine = this_machine()
         check_placement(recipe, logical_cpus(), machine.gpus, "this machine")
@@ -87,10 +91,10 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
         elif local:
             start_kept_cluster()
             ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
-        elif submitted:
-            ray.init(**options)
-        else:
+        elif address:
             ray.init(address=address, runtime_env=runtime_env(), **options)
+        else:  # submitted: the job came with its address and environment
+            ray.init(**options)
         if not local:
             resources = ray.cluster_resources()
             check_placement(recipe, resources.get("CPU", 0), resources.get("GPU", 0), "the cluster")
