@@ -57,6 +57,7 @@ def recipe_for(size: str, storage: Path, steps: int) -> Recipe:
             "storage": str(storage),
             "model.config": base.model.config | SIZES[size],
             "data.sequence_length": 128 if size == "17M" else 16,
+            "data.validation_fraction": 0.002,
             "training.precision": "float32",
             "training.global_batch_size": 4,
             "training.micro_batch_size": 4,
