@@ -18,30 +18,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.train_overhead import recipe_for, spread
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.launch.cluster import THREADS, connect
 from heliostat.launch.train import fit
 from heliostat.recipe import Recipe, build, override
-from heliostat.train.loop import METRICS_FILE, read_metrics, train
+from heliostat.train.loop import METRICS_FILE, OUTCOME_FILE, read_metrics, train
 
 
-def steps_of(run_dir: Path, started: float) -> tuple[float, float]:
-    """Median wall seconds a step, and seconds from `started` to the end of the second step (each is recorded while
-    the next one runs)."""
+@dataclass(frozen=True)
+class Run:
+    step_s: float
+    """Median wall seconds a step."""
+    cpu_s: float
+    """CPU seconds of rank 0 over the loop, divided by its steps."""
+    first_step_s: float
+    """From the launch to the end of the second step (each is recorded while the next one runs)."""
+
+
+def run_of(run_dir: Path, started: float) -> Run:
     times = [record["time"] for record in read_metrics(run_dir / METRICS_FILE) if "loss" in record]
-    return statistics.median(b - a for a, b in itertools.pairwise(times[3:])), times[0] - started
+    cpu_s = json.loads((run_dir / OUTCOME_FILE).read_text())["loop_cpu_s"] / len(times)
+    return Run(statistics.median(b - a for a, b in itertools.pairwise(times[3:])), cpu_s, times[0] - started)
 
 
-def under_ray(recipe: Recipe, data: Prepared, run_dir: Path) -> tuple[float, float]:
+def under_ray(recipe: Recipe, data: Prepared, run_dir: Path) -> Run:
     started = time.time()
     fit(recipe, data.folder, run_dir)
-    return steps_of(run_dir, started)
+    return run_of(run_dir, started)
 
 
-def under_torchrun(recipe: Recipe, data: Prepared, run_dir: Path) -> tuple[float, float]:
+def under_torchrun(recipe: Recipe, data: Prepared, run_dir: Path) -> Run:
     run_dir.mkdir(parents=True)
     recipe.save(run_dir / "recipe.json")
     started = time.time()
@@ -53,7 +64,7 @@ def under_torchrun(recipe: Recipe, data: Prepared, run_dir: Path) -> tuple[float
         check=True,
         capture_output=True,
     )
-    return steps_of(run_dir, started)
+    return run_of(run_dir, started)
 
 
 def worker(run_dir: Path, data: Path) -> None:
@@ -84,15 +95,14 @@ def main() -> None:
             for pair in range(options.pairs):
                 ray.append(under_ray(recipe, data, Path(folder) / f"ray-{pair}"))
                 torchrun.append(under_torchrun(recipe, data, Path(folder) / f"torchrun-{pair}"))
-    answer = {
-        "model": "17M", "workers": 2, "pairs": options.pairs,
-        "step_ms": {"ray": round(1000 * statistics.median(s for s, _ in ray), 1),
-                    "torchrun": round(1000 * statistics.median(s for s, _ in torchrun), 1)},
-        "step_ratio": spread([a / b for (a, _), (b, _) in zip(ray, torchrun, strict=True)]),
-        "first_step_s": {"ray": round(statistics.median(f for _, f in ray), 2),
-                         "torchrun": round(statistics.median(f for _, f in torchrun), 2)},
-        "first_step_ratio": spread([a / b for (_, a), (_, b) in zip(ray, torchrun, strict=True)]),
-    }  # fmt: skip
+    answer: dict[str, Any] = {"model": "17M", "workers": 2, "pairs": options.pairs}
+    for figure in ("step_s", "cpu_s", "first_step_s"):
+        pairs = [(getattr(a, figure), getattr(b, figure)) for a, b in zip(ray, torchrun, strict=True)]
+        answer[figure] = {
+            "ray": round(statistics.median(a for a, _ in pairs), 4),
+            "torchrun": round(statistics.median(b for _, b in pairs), 4),
+            "ratio": spread([a / b for a, b in pairs]),
+        }
     print(json.dumps(answer), flush=True)
 
 

@@ -152,7 +152,7 @@ class Run:
         status = "done"
         progress, ledger = self.progress, self.ledger
         pending: tuple[int, StepResult, float] | None = None
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         while progress.step < self.total:
             with ledger("input"):
                 batches = self._batches(progress.cursor, train=True)
@@ -189,7 +189,8 @@ class Run:
             if last:
                 break
         ledger.enter("other")
-        outcome = self._finish(status, time.perf_counter() - started)
+        spent = {"loop_s": time.perf_counter() - started, "loop_cpu_s": time.process_time() - cpu_started}
+        outcome = self._finish(status, spent)
         ledger.save()
         return outcome
 
@@ -306,7 +307,7 @@ class Run:
                     ) from error
                 raise
 
-    def _finish(self, status: str, seconds: float) -> dict[str, Any]:
+    def _finish(self, status: str, spent: dict[str, float]) -> dict[str, Any]:
         self.recorder.close()
         outcome: dict[str, Any] = {
             "status": status,
@@ -315,8 +316,8 @@ class Run:
             "best": self.progress.best,
             "best_step": self.progress.best_step,
             "metric": self.task.metric,
-            "loop_s": seconds,
             "bundle": None,
+            **spent,
         }
         if status != "interrupted" and self.write_bundle:
             if self.recipe.training.keep_best:
