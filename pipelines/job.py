@@ -19,9 +19,11 @@ from typing import Annotated, Any
 import tyro
 from pydantic import ValidationError
 
-from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, refusal, write_atomically
+from heliostat.recipe import Model, Recipe, Refused, build, field_paths, load, nearest, refusal, write_atomically
 from heliostat.tasks import load_object
 from pipelines.recipes import BUILT_IN
+
+EXIT_CODES = {"failed": 1, "different": 1, "refused": 2, "interrupted": 130}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Options:
     """lifecycle, deploy: leave the endpoint up on a cluster that outlives the job (`make stop` ends it)."""
     fresh: bool = False
     """lifecycle: do stages again though their inputs have not changed."""
+    layouts: str = ""
+    """prove: `fsdp=2,tensor=2;pipeline=2,schedule=gpipe` …"""
+    workers: int = 2
+    """prove: processes of each layout; what a layout does not take is filled up by replication."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 
@@ -59,16 +65,21 @@ class Job:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A built-in recipe's name, a JSON file, or `module:function`."""
+    """A built-in recipe's name, a recipe's or a Hugging Face configuration's JSON file, or `module:function`."""
     if name.endswith(".json"):
-        return load(Path(name).expanduser())
-    path = BUILT_IN.get(name, name)
-    if ":" not in path:
+        path = Path(name).expanduser().absolute()
+        if path.is_file() and '"model_type"' in path.read_text() and '"task"' not in path.read_text():
+            # A Hugging Face configuration: a language model of its architecture.
+            model = Model(name=str(path.parent if path.name == "config.json" else path), pretrained=False)
+            return Recipe(name=path.parent.name or "model", task="language_model", model=model)
+        return load(path)
+    where = BUILT_IN.get(name, name)
+    if ":" not in where:
         raise Refused(
             "recipe", f"no recipe {name!r}", nearest(name, list(BUILT_IN)) or f"there are: {', '.join(BUILT_IN)}"
         )
     sys.path.insert(0, os.getcwd())  # a recipe of the user's own lies where the job was started
-    recipe = load_object(path, "recipe")()
+    recipe = load_object(where, "recipe")()
     if not isinstance(recipe, Recipe):
         raise Refused("recipe", f"{name} returned {type(recipe).__name__}, not a Recipe")
     return recipe
@@ -161,7 +172,7 @@ def main(name: str, body: Callable[[Job], dict[str, Any]], words: list[str] | No
             run_dir = _run_dir(name, recipe, options)
             job = Job(name, recipe, options, run_dir)
             result = body(job)
-            code = 130 if result.get("status") == "interrupted" else 1 if result.get("status") == "failed" else 0
+            code = EXIT_CODES.get(result.get("status", "done"), 0)
         except Refused as error:
             result = {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}
             print(f"refused: {error}", file=sys.stderr)

@@ -37,6 +37,9 @@ class Parallel:
     """Pipelines only: by whether it trains. A schedule sets up its stage's buffers for backward passes or for none,
     so evaluation has a stage of its own around the same module."""
 
+    tensor_grad_sums: set[str] = field(default_factory=set)
+    """Replicated parameters that saw this tensor rank's heads only: the step sums their gradients over its peers."""
+
     def set_sync(self, sync: bool) -> None:
         """Whether the next backward pass reduces gradients over the batch group."""
         if isinstance(self.runs, DistributedDataParallel):
@@ -62,8 +65,9 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         model.to(layout.device)
         compile_blocks(block_list, recipe)
         return Parallel(model, model, layout)
+    grad_sums: set[str] = set()
     if degrees.tensor > 1:  # the plan's refusals come before anything is changed
-        plan = tensor_plan(model, degrees.tensor)
+        plan, grad_sums = tensor_plan(model, degrees.tensor)
     runs: nn.Module = model
     if degrees.pipeline > 1:
         runs = split_stage(model, mesh["pipeline"].get_local_rank(), degrees.pipeline)
@@ -95,7 +99,7 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         stages = {
             train: PipelineStage(runs, rank, degrees.pipeline, layout.device, group=group) for train in (True, False)
         }
-    return Parallel(model, runs, layout, batch_norms, stages)
+    return Parallel(model, runs, layout, batch_norms, stages, grad_sums)
 
 
 def compile_blocks(block_list: list[nn.Module], recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from heliostat.recipe import Refused
 
+GRAD_SUM = "replicated_with_grad_allreduce"
+"""transformers' name for replicated modules that see this rank's heads only: their gradients are summed."""
 
-def tensor_plan(model: Any, degree: int) -> dict[str, ParallelStyle]:
-    """Module pattern → style. Refuses, by name, what the model cannot be split into."""
+
+def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], set[str]]:
+    """Module pattern → style, and the names of replicated parameters whose gradients tensor peers have to sum.
+    Refuses, by name, what the model cannot be split into."""
     declared = getattr(model.config, "base_model_tp_plan", None)
     family = type(model).__name__
     if not declared:
@@ -26,7 +31,10 @@ def tensor_plan(model: Any, degree: int) -> dict[str, ParallelStyle]:
     styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
+    summed = {f"{prefix}.{pattern}" for pattern, style in declared.items() if style == GRAD_SUM}
     for pattern, style in declared.items():
+        if style == GRAD_SUM:
+            continue
         if style not in styles:
             raise Refused(
                 "parallelism.tensor", f"{family} asks for the style {style!r}, which is not supported", "use tensor=1"
@@ -37,7 +45,10 @@ def tensor_plan(model: Any, degree: int) -> dict[str, ParallelStyle]:
     if head is not None and not tied and head.weight.shape[0] % degree == 0:
         name = next(name for name, module in model.named_modules() if module is head)
         plan[name] = ColwiseParallel(output_layouts=Replicate())
-    return plan
+    partial = {
+        name for name, _ in model.named_parameters() if re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0] in summed
+    }
+    return plan, partial
 
 
 def pipeline_modules(model: Any) -> list[str]:

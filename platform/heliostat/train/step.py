@@ -43,6 +43,8 @@ class TrainStep:
         self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stages else None
         self.bfloat16 = recipe.training.precision == "bfloat16"
         self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
+        named = parallel.model.named_parameters()
+        self.tensor_grad_sums = [p for name, p in named if name in parallel.tensor_grad_sums and p.requires_grad]
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         device = self.parallel.layout.device.type
@@ -53,6 +55,7 @@ class TrainStep:
         micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
         sums, names = self.global_sums(micro, stop, self.task.train_metrics)
         with torch.no_grad():
+            self._sum_tensor_grads()
             grad_norm = self._scale_and_clip(sums[1])
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -92,6 +95,13 @@ class TrainStep:
         if self.parallel.layout.sums_group is not None:
             dist.all_reduce(sums, group=self.parallel.layout.sums_group)
         return sums, names
+
+    def _sum_tensor_grads(self) -> None:
+        mesh = self.parallel.layout.mesh
+        for parameter in self.tensor_grad_sums:
+            assert mesh is not None
+            if parameter.grad is not None:
+                dist.all_reduce(local(parameter.grad), group=mesh["tensor"].get_group())
 
     def _scale_and_clip(self, weight: Tensor) -> Tensor:
         """Gradients of the loss sum, averaged over the batch group, become gradients of the global mean; the norm

@@ -1,0 +1,103 @@
+"""The proof, run on families of transformers by their own declared plans, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from heliostat.models.load import transformers_config
+from heliostat.recipe import Model, Recipe, Refused
+from heliostat.train.prove import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, parse_layouts, proof_recipe, prove
+from tests.pipelines.jobs import run
+
+TWO = "fsdp=2;tensor=2;pipeline=2,schedule=gpipe"
+REFUSED = {
+    # What a family cannot do is said by name.
+    "gemma": {"pipeline=2,schedule=gpipe": "GemmaForCausalLM ties its embeddings"},
+    "gpt2": {"tensor=2": "GPT2LMHeadModel declares no tensor-parallel plan",
+             "pipeline=2,schedule=gpipe": "GPT2LMHeadModel declares no pipeline plan"},
+    "mixtral": {"tensor=2": "packed_colwise"},
+    "qwen3_moe": {"tensor=2": "packed_colwise"},
+}  # fmt: skip
+
+
+def family(name: str, folder: Path) -> Recipe:
+    """A recipe for a family's default configuration, read from a config.json as a user's would be."""
+    transformers.AutoConfig.for_model(name).save_pretrained(folder / name)
+    return Recipe(name=name, task="language_model", model=Model(name=str(folder / name), pretrained=False))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow)
+                for name in ("qwen3", "gemma", "olmo", "phi", "gpt2", "mixtral", "qwen3_moe"))],
+)  # fmt: skip
+def test_families_on_two_processes(name: str, tmp_path: Path) -> None:
+    refused = REFUSED.get(name, {})
+    for verdict in prove(family(name, tmp_path), parse_layouts(TWO, 2), 2):
+        if verdict.layout in refused:
+            assert verdict.status == "refused", verdict
+            assert refused[verdict.layout] in verdict.reason
+            continue
+        assert verdict.status == "equal", verdict
+        assert verdict.loss_difference is not None
+        assert verdict.loss_difference <= LOSS_TOLERANCE
+        assert verdict.grad_norm_difference is not None
+        assert verdict.grad_norm_difference <= GRAD_NORM_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_hybrids_on_four_and_eight_processes(name: str, tmp_path: Path) -> None:
+    recipe = family(name, tmp_path)
+    for workers, layouts in (
+        (4, "fsdp=2,tensor=2;pipeline=2,tensor=2;pipeline=4,micro_batches=4;replicate=2,fsdp=2"),
+        (8, "fsdp=2,tensor=2,pipeline=2"),
+    ):
+        for verdict in prove(recipe, parse_layouts(layouts, workers), workers):
+            assert verdict.status == "equal", verdict
+
+
+def test_bytes_are_those_of_the_closed_form(tmp_path: Path) -> None:
+    """DDP hands every gradient to one all-reduce; a pipeline sends each micro-batch's hidden states forwards and their
+    gradients back."""
+    recipe = family("llama", tmp_path)
+    small = proof_recipe(recipe, tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers_config(small.model))
+    parameters = sum(p.numel() for p in model.parameters())
+    ddp, pipeline = prove(recipe, parse_layouts("replicate=2;pipeline=2,schedule=gpipe", 2), 2)
+    sums = 3 * 4  # loss, weight, stop requests
+    assert ddp.bytes_by_collective == {"all_reduce": 2 * (4 * parameters + sums)}
+    rows, length, hidden = 16, 32, model.config.hidden_size
+    assert pipeline.bytes_by_collective["send"] == 2 * rows * length * hidden * 4
+
+
+def test_a_difference_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in another order differ in the last bits, so a tolerance of zero must be exceeded."""
+    monkeypatch.setattr("heliostat.train.prove.LOSS_TOLERANCE", 0.0)
+    (verdict,) = prove(family("llama", tmp_path), parse_layouts("replicate=2", 2), 2)
+    assert verdict.status == "different"
+    assert verdict.loss_difference is not None
+    assert 0 < verdict.loss_difference < 1e-6
+
+
+def test_mistakes_in_layouts_are_refused() -> None:
+    for text, word in (("fdsp=2", "fsdp"), ("fsdp=two", "number"), ("fsdp=3", "divide"), ("", "layout")):
+        with pytest.raises(Refused, match=word):
+            parse_layouts(text, 4)
+
+
+def test_the_job_takes_a_configuration_file(tmp_path: Path) -> None:
+    family("llama", tmp_path)
+    done = run("prove", str(tmp_path / "llama" / "config.json"), "--layouts", "fsdp=2;pipeline=2,micro_batches=1")
+    assert done.code == 2, done.stderr[-3000:]
+    assert done.answer["status"] == "refused"
+    equal, refused = done.answer["layouts"]
+    assert (equal["status"], refused["status"]) == ("equal", "refused")
+    assert "micro-batches" in refused["reason"]
+    assert json.dumps(done.answer["tolerance"]) == json.dumps({"loss": 1e-05, "grad_norm": 0.0001})
