@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.train_overhead import recipe_for, spread
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.launch.cluster import THREADS, connect
 from heliostat.launch.train import fit
 from heliostat.recipe import Recipe, build, override
-from heliostat.train.loop import METRICS_FILE, OUTCOME_FILE, read_metrics, train
+from heliostat.train.loop import OUTCOME_FILE, train
 
 
 @dataclass(frozen=True)

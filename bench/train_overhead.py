@@ -25,7 +25,7 @@ from heliostat.data.loader import Coordinate, Cursor, Loader, open_split
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.models.load import build_model
 from heliostat.recipe import Recipe, override
-from heliostat.train.loop import Recorder, train
+from heliostat.train.loop import Run, train
 from heliostat.train.optim import lr_factor
 from pipelines.recipes.language import tiny_lm
 
@@ -88,7 +88,7 @@ def ours(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
 
 def unrecorded(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
     """Ours, but no step's figures are read or written."""
-    with mock.patch.object(Recorder, "step", return_value=None):
+    with mock.patch.object(Run, "_record", return_value=None):
         return ours(recipe, data, run_dir)
 
 

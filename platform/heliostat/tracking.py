@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.recipe import Recipe, Refused, build, field_paths, write_atomically
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("heliostat")
 
 PENDING_FILE = "tracking-pending.json"
-METRICS_FILE = "metrics.jsonl"
 ARTIFACTS = ("recipe.json", "result.json")
 SERVER_LOG = "mlflow-server.log"
 RUN_TAG, LOGGED_TAG = "heliostat.run", "heliostat.logged"
@@ -154,7 +154,7 @@ def _log(
 ) -> str:
     from mlflow.entities import Metric, Param
 
-    records = _records(run_dir / METRICS_FILE)
+    records = read_metrics(run_dir / METRICS_FILE)
     experiment = _experiment(mlflow, recipe)
     found = mlflow.search_runs([experiment], f"tags.`{RUN_TAG}` = {quoted(run_dir.name)}", max_results=1)
     if found and found[0].data.tags.get(LOGGED_TAG) == "true":
@@ -220,18 +220,6 @@ def flatten(recipe: Recipe) -> dict[str, str]:
             value = value[part]
         flat[path] = (value if isinstance(value, str) else json.dumps(value))[:PARAM_LENGTH]
     return flat
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """As `heliostat.train.loop.read_metrics`, which this layer may not import."""
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut by a crash
-            continue
-        records[record["step"], "validation" in record] = record
-    return [records[key] for key in sorted(records)]
 
 
 def _points(record: dict[str, Any]) -> Iterator[tuple[str, float, int, int]]:

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.packaged import packaged_table
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.recipe import Recipe, build, override
-from heliostat.train.loop import METRICS_FILE, read_metrics, train
+from heliostat.train.loop import train
 from tests.distributed.harness import run
 from tests.recipes import prepared, text_file, tiny_bert, tiny_llama
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.recipe import Recipe, override
-from heliostat.train.loop import METRICS_FILE, read_metrics, train
+from heliostat.train.loop import train
 from tests.distributed.harness import run
 from tests.recipes import prepared, tiny_llama
 

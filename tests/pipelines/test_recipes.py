@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import prepare
 from heliostat.data.sources import open_source
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Recipe, override
-from heliostat.train.loop import METRICS_FILE, read_metrics, train
+from heliostat.train.loop import train
 from pipelines.job import find_recipe, parse
 from tests import needs
 

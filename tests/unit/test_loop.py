@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.recipe import Recipe, Refused, Schedule, override
 from heliostat.train.checkpoint import complete
-from heliostat.train.loop import METRICS_FILE, read_metrics, train
+from heliostat.train.loop import train
 from heliostat.train.optim import MovingAverage, lr_factor
 from tests.recipes import prepared, tiny_bert, tiny_llama
 

@@ -13,8 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from heliostat import tracking
+from heliostat.curves import read_metrics
 from heliostat.recipe import Recipe, Refused, override
-from heliostat.train.loop import read_metrics, train
+from heliostat.train.loop import train
 from tests.recipes import prepared, tiny_bert
 
 

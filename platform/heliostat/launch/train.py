@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.recipe import Recipe, Refused, build, write_atomically
 from heliostat.train import ledger
-from heliostat.train.loop import METRICS_FILE, OUTCOME_FILE, STOP_FILE, DiskFull, read_metrics, train
+from heliostat.train.loop import OUTCOME_FILE, STOP_FILE, DiskFull, train
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from heliostat.curves import METRICS_FILE, Recorder
 from heliostat.data.loader import Cursor, Loader, check_resume, open_split, subset
 from heliostat.data.prepare import Prepared, read_prepared
 from heliostat.models import bundle as bundles
@@ -30,7 +31,6 @@ from heliostat.train.step import StepResult, TrainStep
 
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
-METRICS_FILE = "metrics.jsonl"
 BUNDLE = "bundle"
 
 
@@ -98,7 +98,7 @@ class Run:
         self.progress = Progress()
         self.checkpoints = run_dir / "checkpoints"
         self._restore(resume)
-        self.recorder = Recorder(run_dir / METRICS_FILE, self.task, self.first)
+        self.recorder = Recorder(run_dir / METRICS_FILE, self.first)
         # Steps that an earlier attempt made and lost are replayed.
         self.replay_until = self.recorder.last_step
         self._stop_checked = 0.0
@@ -167,12 +167,12 @@ class Run:
                     self.average.update(progress.step)
             # The figures of the step before are read while this one may still run on the device.
             if pending is not None:
-                self.recorder.step(*pending)
+                self._record(*pending)
             pending = (progress.step, result, lr)
             ledger.save(every_s=1.0)
             last = progress.step == self.total
             if last or self._evaluation_due():
-                self.recorder.step(*pending)
+                self._record(*pending)
                 pending = None
                 if self._evaluate():
                     status = "stopped_early"
@@ -180,7 +180,7 @@ class Run:
             stopped = result.stop_requested
             if stopped or last or self._checkpoint_due():
                 if pending is not None:
-                    self.recorder.step(*pending)
+                    self._record(*pending)
                     pending = None
                 self._checkpoint()
             if stopped:
@@ -193,6 +193,10 @@ class Run:
         outcome = self._finish(status, spent)
         ledger.save()
         return outcome
+
+    def _record(self, step: int, result: StepResult, lr: float) -> None:
+        if self.first:
+            self.recorder.step(step, result.figures() | {"lr": lr})
 
     def _batches(self, cursor: Cursor, train: bool) -> list[Any]:
         loader = self.loader if train else self.validation
@@ -341,70 +345,6 @@ class Run:
         if self.first:
             write_atomically(self.run_dir / OUTCOME_FILE, json.dumps(outcome))
         return outcome
-
-
-class Recorder:
-    """Every step's figures, drained to a file off the cluster's reporting path (which blocks for seconds)."""
-
-    def __init__(self, path: Path, task: Task, active: bool) -> None:
-        self.task, self.active = task, active
-        self.last_step = 0
-        if not active:
-            return
-        if path.exists():
-            self.last_step = max((record["step"] for record in read_metrics(path)), default=0)
-        self.stream = path.open("a", encoding="utf-8")
-        self._flushed = time.monotonic()
-
-    def step(self, step: int, result: StepResult, lr: float) -> None:
-        if not self.active:
-            return
-        loss_sum, weight, metric_sums, grad_norm = result.read()
-        figures = {name: value / max(weight, 1e-12) for name, value in metric_sums.items()}
-        self._write(
-            {
-                "step": step,
-                "loss": loss_sum / max(weight, 1e-12),
-                "weight": weight,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "time": time.time(),
-                **figures,
-            }
-        )
-        if time.monotonic() - self._flushed > 1.0:
-            self.flush()
-
-    def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        if self.active:
-            self._write({"step": step, "validation": figures, "time": time.time()})
-            self.flush()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(record) + "\n")
-
-    def flush(self) -> None:
-        if self.active:
-            self.stream.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        if self.active:
-            self.stream.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run; where a step was replayed, its last record counts. A line cut by a crash is left out."""
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    if not path.exists():
-        return []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        records[record["step"], "validation" in record] = record
-    return [records[key] for key in sorted(records)]
 
 
 def disk_full(error: BaseException | None) -> bool:

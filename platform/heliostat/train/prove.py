@@ -29,10 +29,11 @@ import torch.distributed as dist
 import transformers
 from transformers.models.auto import modeling_auto
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import PREPARED_VERSION
 from heliostat.models.load import transformers_config
 from heliostat.recipe import Recipe, Refused, build, nearest
-from heliostat.train.loop import METRICS_FILE, read_metrics, train
+from heliostat.train.loop import train
 
 STEPS = 10
 LOSS_TOLERANCE = 1e-5

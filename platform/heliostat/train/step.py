@@ -26,10 +26,12 @@ class StepResult:
     grad_norm: Tensor
     metric_names: tuple[str, ...]
 
-    def read(self) -> tuple[float, float, dict[str, float], float]:
-        """loss_sum, weight, metric_sums, grad_norm."""
+    def figures(self) -> dict[str, float]:
+        """Means over the global batch, its weight, and the gradient's norm before clipping."""
         loss_sum, weight, _, *metrics = self.sums.tolist()
-        return loss_sum, weight, dict(zip(self.metric_names, metrics, strict=True)), float(self.grad_norm)
+        divisor = max(weight, 1e-12)
+        means = {name: value / divisor for name, value in zip(self.metric_names, metrics, strict=True)}
+        return {"loss": loss_sum / divisor, "weight": weight, "grad_norm": float(self.grad_norm)} | means
 
     @property
     def stop_requested(self) -> bool:

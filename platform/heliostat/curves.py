@@ -1,0 +1,60 @@
+"""The curves of a run: `metrics.jsonl` in its folder, a line for each step and each evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Recorder:
+    """Every step's figures, drained to a file off the cluster's reporting path (which blocks for seconds). Writes
+    nothing where it is not `active`: one rank records."""
+
+    def __init__(self, path: Path, active: bool) -> None:
+        self.active = active
+        self.last_step = 0
+        if not active:
+            return
+        self.last_step = max((record["step"] for record in read_metrics(path)), default=0)
+        self.stream = path.open("a", encoding="utf-8")
+        self._flushed = time.monotonic()
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self._write({"step": step, **figures})
+        if time.monotonic() - self._flushed > 1.0:
+            self.flush()
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        if self.active:
+            self._write({"step": step, "validation": figures})
+            self.flush()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(record | {"time": time.time()}) + "\n")
+
+    def flush(self) -> None:
+        if self.active:
+            self.stream.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self.active:
+            self.stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run; where a step was replayed, its last record counts. A line cut by a crash is left out."""
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["step"], "validation" in record] = record
+    return [records[key] for key in sorted(records)]
