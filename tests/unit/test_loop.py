@@ -93,3 +93,25 @@ def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
     plain = losses(recipe, tmp_path / "plain")
     compiled = losses(override(recipe, {"training.compile": True}), tmp_path / "compiled")
     assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_evaluating_does_not_change_training(tmp_path: Path) -> None:
+    """A pre-trained model is loaded in evaluation mode: with dropout, a run that evaluates at every step would differ
+    from one that never does if either trained in the wrong mode."""
+    first = tiny_bert(tmp_path, **{"schedule.max_steps": 2})
+    bundle = train(first, prepared(first).folder, tmp_path / "first")["bundle"]
+    recipe = tiny_bert(
+        tmp_path,
+        **{
+            "model.name": bundle,
+            "model.config": {},
+            "model.tokenizer": "",
+            "model.dropout": 0.5,
+            "schedule.max_steps": 6,
+        },
+    )
+    never = losses(override(recipe, {"training.evaluate_every_steps": 1000}), tmp_path / "never")
+    always = losses(override(recipe, {"training.evaluate_every_steps": 1}), tmp_path / "always")
+    assert always == never
+    without = losses(override(recipe, {"model.dropout": 0.0}), tmp_path / "without")
+    assert without != never, "dropout must be at work"

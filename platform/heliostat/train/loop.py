@@ -152,6 +152,7 @@ class Run:
         status = "done"
         progress, ledger = self.progress, self.ledger
         pending: tuple[int, StepResult, float] | None = None
+        self.parallel.runs.train()  # a pre-trained model comes in evaluation mode, without its dropout
         started, cpu_started = time.perf_counter(), time.process_time()
         while progress.step < self.total:
             with ledger("input"):
