@@ -3,10 +3,10 @@
 import argparse
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+from heliostat.launch.cluster import stop_kept_cluster
 from heliostat.recipe import Recipe
 
 
@@ -29,7 +29,9 @@ def main() -> int:
     parser.add_argument("--storage", default=Recipe.model_fields["storage"].default)
     storage = Path(parser.parse_args().storage).expanduser()
     print("MLflow's page: " + ("ended" if stop_page(storage) else "was not running"))
-    return subprocess.run([str(Path(sys.executable).with_name("ray")), "stop"], check=False).returncode
+    stopped = stop_kept_cluster(storage)
+    print(f"Ray: {stopped} processes ended" if stopped else "Ray: no cluster was kept")
+    return 0
 
 
 if __name__ == "__main__":

@@ -166,5 +166,6 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
             check=False,
         )
     assert stopped.returncode == 0, stopped.stderr
+    assert "processes ended" in stopped.stdout
     with pytest.raises(httpx.HTTPError):
         httpx.get(kept.answer["endpoint"] + "/healthz", timeout=5)

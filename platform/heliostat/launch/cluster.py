@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from heliostat.hardware import this_machine
-from heliostat.recipe import Recipe, Refused
+from heliostat.recipe import Recipe, Refused, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds platform/, pipelines/ and serve/."""
@@ -27,6 +27,10 @@ THREADS = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
 """The environment of workers."""
+
+
+KEPT_SESSION = "ray.session"
+"""In the storage folder: the name of the Ray session that a kept cluster runs, for whoever ends it."""
 
 
 def check_placement(recipe: Recipe, cpus: float, gpus: float, where: str) -> None:
@@ -101,6 +105,10 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
         elif local:
             start_kept_cluster()
             ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
+            node: Any = ray._private.worker._global_node  # Ray has no public name for its session
+            session = Path(node.get_session_dir_path()).name
+            recipe.storage_path.mkdir(parents=True, exist_ok=True)
+            write_atomically(recipe.storage_path / KEPT_SESSION, session)
         elif address:
             ray.init(address=address, runtime_env=runtime_env(), **options)
         else:  # submitted: the job came with its address and environment
@@ -134,3 +142,33 @@ def start_kept_cluster() -> None:
     started = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if started.returncode:
         raise RuntimeError(f"ray start failed: {started.stderr.strip()[-500:]}")
+
+
+def stop_kept_cluster(storage: Path) -> int:
+    """End the processes of the cluster that was kept with this storage, and no other Ray; returns how many."""
+    import psutil
+
+    file = storage / KEPT_SESSION
+    if not file.is_file():
+        return 0
+    session = file.read_text().strip()
+    roots = [p for p in psutil.process_iter(["cmdline"]) if any(session in word for word in p.info["cmdline"] or [])]
+    processes = {child for root in roots for child in [root, *_children(root)] if child.pid != os.getpid()}
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(processes, timeout=10)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+    file.unlink()
+    return len(processes)
+
+
+def _children(process: Any) -> list[Any]:
+    import psutil
+
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
