@@ -155,6 +155,8 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
         result = json.loads((Path(storage) / "runs" / "submitted" / "result.json").read_text())
         assert result["status"] == "done"
         assert len(result["losses"]) == 4
+        # A job without an address is still on its own: the kept cluster is neither used nor in its way.
+        ok(run("train", str(recipe_file), "--schedule.max-steps", "1", "--run-name", "beside"))
     finally:
         stopped = subprocess.run(
             [sys.executable, "-m", "pipelines.stop", "--storage", storage],

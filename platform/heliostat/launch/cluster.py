@@ -31,6 +31,8 @@ THREADS = {
 
 KEPT_SESSION = "ray.session"
 """In the storage folder: the name of the Ray session that a kept cluster runs, for whoever ends it."""
+KEPT_MARK = "kept_by_heliostat"
+"""In the folder of a Ray session: that it was started here to be kept."""
 
 
 def check_placement(recipe: Recipe, cpus: float, gpus: float, where: str) -> None:
@@ -94,8 +96,10 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
             yield
             return
         if local and not keep:
+            # "local": whatever other Ray runs here, or left its address behind when it died, is not this job's.
             # With the dashboard: Ray Train's own cleaner asks its state interface.
             ray.init(
+                "local",
                 num_cpus=logical_cpus(),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
@@ -103,12 +107,15 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
                 **options,
             )
         elif local:
-            start_kept_cluster()
+            started = start_kept_cluster()
             ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
             node: Any = ray._private.worker._global_node  # Ray has no public name for its session
-            session = Path(node.get_session_dir_path()).name
-            recipe.storage_path.mkdir(parents=True, exist_ok=True)
-            write_atomically(recipe.storage_path / KEPT_SESSION, session)
+            session = Path(node.get_session_dir_path())
+            if started:
+                (session / KEPT_MARK).touch()
+            if (session / KEPT_MARK).exists():  # and not somebody's own `ray start`, which `make stop` must not end
+                recipe.storage_path.mkdir(parents=True, exist_ok=True)
+                write_atomically(recipe.storage_path / KEPT_SESSION, session.name)
         elif address:
             ray.init(address=address, runtime_env=runtime_env(), **options)
         else:  # submitted: the job came with its address and environment
@@ -122,14 +129,14 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
             ray.shutdown()
 
 
-def start_kept_cluster() -> None:
-    """`ray start --head` on loopback, unless one runs."""
+def start_kept_cluster() -> bool:
+    """`ray start --head` on loopback, unless one runs; whether it was needed."""
     ray_command = str(Path(sys.executable).with_name("ray"))
     # Submitted jobs say `python` and mean this environment's.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     env = os.environ | environment() | {"RAY_AUTH_MODE": "token", "PATH": path}
     if subprocess.run([ray_command, "status"], env=env, capture_output=True, check=False).returncode == 0:
-        return
+        return False
     command = [
         ray_command,
         "start",
@@ -142,6 +149,7 @@ def start_kept_cluster() -> None:
     started = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if started.returncode:
         raise RuntimeError(f"ray start failed: {started.stderr.strip()[-500:]}")
+    return True
 
 
 def stop_kept_cluster(storage: Path) -> int:
