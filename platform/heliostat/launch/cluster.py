@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,10 +28,10 @@ THREADS = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
 """The environment of workers."""
-
-
+GCS_PORT = "RAY_GCS_SERVER_PORT"
+"""Ray's variable for the port of a cluster that `ray.init` starts."""
 KEPT_SESSION = "ray.session"
-"""In the storage folder: the name of the Ray session that a kept cluster runs, for whoever ends it."""
+"""In the storage folder: the Ray session that a kept cluster runs and its address, for whoever ends it."""
 KEPT_MARK = "kept_by_heliostat"
 """In the folder of a Ray session: that it was started here to be kept."""
 
@@ -96,16 +97,7 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
             yield
             return
         if local and not keep:
-            # "local": whatever other Ray runs here, or left its address behind when it died, is not this job's.
-            # With the dashboard: Ray Train's own cleaner asks its state interface.
-            ray.init(
-                "local",
-                num_cpus=logical_cpus(),
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                runtime_env={"env_vars": environment()},
-                **options,
-            )
+            start_local_cluster(options)
         elif local:
             started = start_kept_cluster()
             ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
@@ -115,7 +107,8 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
                 (session / KEPT_MARK).touch()
             if (session / KEPT_MARK).exists():  # and not somebody's own `ray start`, which `make stop` must not end
                 recipe.storage_path.mkdir(parents=True, exist_ok=True)
-                write_atomically(recipe.storage_path / KEPT_SESSION, session.name)
+                address = ray.get_runtime_context().gcs_address
+                write_atomically(recipe.storage_path / KEPT_SESSION, f"{session.name} {address}")
         elif address:
             ray.init(address=address, runtime_env=runtime_env(), **options)
         else:  # submitted: the job came with its address and environment
@@ -127,6 +120,33 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
     finally:
         if not brought and ray.is_initialized():
             ray.shutdown()
+
+
+def start_local_cluster(options: dict[str, Any]) -> None:
+    """A cluster on this machine that ends with this process. `options` are more of `ray.init`'s."""
+    import ray
+
+    # "local" and RAY_ADDRESS: another Ray that runs here, or whose address file outlived it, is not this job's. Ray's
+    # own actors look clusters up by that file too, and one that asks a stranger about its trainer's controller hears
+    # that it is dead, and ends the run. The address is known beforehand because the port is chosen here.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env_vars = environment() | {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    before = os.environ.get(GCS_PORT)
+    os.environ[GCS_PORT] = str(port)
+    try:
+        # With the dashboard: Ray Train's cleaner asks its state interface.
+        ray.init(
+            "local",
+            num_cpus=logical_cpus(),
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            runtime_env={"env_vars": env_vars},
+            **options,
+        )
+    finally:
+        os.environ.pop(GCS_PORT) if before is None else os.environ.update({GCS_PORT: before})
 
 
 def start_kept_cluster() -> bool:
@@ -155,11 +175,13 @@ def start_kept_cluster() -> bool:
 def stop_kept_cluster(storage: Path) -> int:
     """End the processes of the cluster that was kept with this storage, and no other Ray; returns how many."""
     import psutil
+    from ray._common.utils import reset_ray_address
+    from ray._private.utils import read_ray_address
 
     file = storage / KEPT_SESSION
     if not file.is_file():
         return 0
-    session = file.read_text().strip()
+    session, address = file.read_text().split()
     roots = [p for p in psutil.process_iter(["cmdline"]) if any(session in word for word in p.info["cmdline"] or [])]
     processes = {child for root in roots for child in [root, *_children(root)] if child.pid != os.getpid()}
     for process in processes:
@@ -169,6 +191,8 @@ def stop_kept_cluster(storage: Path) -> int:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=10)
+    if read_ray_address() == address:  # as `ray stop` does: Ray would go on looking for the cluster there
+        reset_ray_address()
     file.unlink()
     return len(processes)
 
