@@ -123,6 +123,9 @@ class Training(Section):
     """Rows per forward pass of one worker."""
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    recompute: Literal["none", "full", "selective"] = "none"
+    """What a block computed in the forward pass and computes again for the backward pass, to save memory: nothing,
+    all, or all but attention and every second matrix product."""
     label_smoothing: Fraction = 0.0
     ema_decay: Fraction = 0.0
     """Evaluate and keep an exponential moving average of the weights. 0: off."""

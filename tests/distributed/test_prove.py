@@ -62,6 +62,14 @@ def test_hybrids_on_four_and_eight_processes(name: str, tmp_path: Path) -> None:
             assert verdict.status == "equal", verdict
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_recompute_changes_nothing(name: str, tmp_path: Path) -> None:
+    layouts = "replicate=2,recompute=full;fsdp=2,recompute=selective;pipeline=2,schedule=gpipe,recompute=selective"
+    for verdict in prove(family(name, tmp_path), parse_layouts(layouts, 2), 2):
+        assert verdict.status == "equal", verdict
+
+
 def test_bytes_are_those_of_the_closed_form(tmp_path: Path) -> None:
     """DDP hands every gradient to one all-reduce; a pipeline sends each micro-batch's hidden states forwards and their
     gradients back."""

@@ -18,6 +18,7 @@ from heliostat.models.load import blocks
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.parallel.mesh import Layout
 from heliostat.parallel.plans import PassThrough, split_stage, tensor_plan
+from heliostat.parallel.recompute import set_recompute
 from heliostat.recipe import Recipe
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -60,6 +61,7 @@ class Parallel:
 def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     """Collective: every rank must call it, in the same order."""
     mesh, degrees = layout.mesh, layout.parallelism
+    set_recompute(model, recipe)
     block_list = list(blocks(model)[1]) if recipe.training.compile or mesh is not None else []
     if mesh is None:
         model.to(layout.device)

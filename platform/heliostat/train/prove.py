@@ -41,7 +41,9 @@ GRAD_NORM_TOLERANCE = 1e-4
 LENGTH = 32
 VOCABULARY = 256
 PROFILED_STEP = 3
-KEYS = ("replicate", "fsdp", "tensor", "pipeline", "schedule", "micro_batches")
+KEYS = ("replicate", "fsdp", "tensor", "pipeline", "schedule", "micro_batches", "recompute")
+WORDS = ("schedule", "recompute")
+"""Keys whose values are no numbers."""
 
 
 @dataclass
@@ -68,9 +70,9 @@ def parse_layouts(text: str, workers: int) -> list[tuple[str, dict[str, Any]]]:
             key, _, value = item.strip().partition("=")
             if key not in KEYS:
                 raise Refused("layouts", f"{key!r} in {part!r} is no axis of a layout", nearest(key, list(KEYS)))
-            if key != "schedule" and not value.isdecimal():
+            if key not in WORDS and not value.isdecimal():
                 raise Refused("layouts", f"{key}={value!r} in {part!r} is not a number")
-            given[key] = value if key == "schedule" else int(value)
+            given[key] = value if key in WORDS else int(value)
         shards = given.get("fsdp", 1) * given.get("tensor", 1) * given.get("pipeline", 1)
         if workers % shards:
             raise Refused("layouts", f"{part!r} takes {shards} processes, which do not divide --workers {workers}")
@@ -159,6 +161,7 @@ def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, fo
     axes = {axis: given.get(axis, 1) for axis in ("fsdp", "tensor", "pipeline")}
     tree = recipe.model_dump(mode="json")
     tree["parallelism"] |= axes | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
+    tree["training"]["recompute"] = given.get("recompute", "none")
     if "micro_batches" in given:
         rows = recipe.training.global_batch_size // (given["replicate"] * axes["fsdp"])
         tree["training"]["micro_batch_size"] = max(1, rows // given["micro_batches"])
