@@ -141,6 +141,9 @@ class Parallelism(Section):
     workers: PositiveInt = 1
     fsdp: PositiveInt = 1
     """Workers that share one copy of the parameters (FSDP2)."""
+    expert: PositiveInt = 1
+    """Workers that share one copy of the experts of a mixture-of-experts model; its other parameters are sharded over
+    fsdp × expert workers."""
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
@@ -150,15 +153,24 @@ class Parallelism(Section):
 
     @property
     def replicate(self) -> int:
-        return self.workers // (self.fsdp * self.tensor * self.pipeline)
+        return self.workers // self.shards
+
+    @property
+    def data_parallel(self) -> int:
+        """Workers with rows of their own."""
+        return self.replicate * self.fsdp * self.expert
+
+    @property
+    def shards(self) -> int:
+        """Workers that hold one copy of the model."""
+        return self.fsdp * self.expert * self.tensor * self.pipeline
 
     @model_validator(mode="after")
     def _divides(self) -> Parallelism:
-        shards = self.fsdp * self.tensor * self.pipeline
-        if self.workers % shards:
+        if self.workers % self.shards:
             raise ValueError(
-                f"workers={self.workers} is not a multiple of fsdp × tensor × pipeline = {shards}; "
-                f"use workers={shards * max(1, round(self.workers / shards))}"
+                f"workers={self.workers} is not a multiple of fsdp × expert × tensor × pipeline = {self.shards}; "
+                f"use workers={self.shards * max(1, round(self.workers / self.shards))}"
             )
         return self
 

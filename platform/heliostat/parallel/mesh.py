@@ -14,7 +14,8 @@ from heliostat.recipe import Parallelism, Refused
 
 @dataclass(frozen=True)
 class Layout:
-    """Axes, outermost first: pipeline, replicate, fsdp, tensor. Tensor peers are neighbours, since they talk most."""
+    """Axes, outermost first: pipeline, replicate, fsdp, expert, tensor. Tensor peers are neighbours, since they talk
+    most."""
 
     device: torch.device
     mesh: DeviceMesh | None
@@ -25,6 +26,11 @@ class Layout:
     """Ranks over which loss sums, weights and metrics add up to the global batch: batch × pipeline."""
     batch_group: dist.ProcessGroup | None
     """Ranks with different rows (and equal parameters or shards of them)."""
+    shard_mesh: DeviceMesh | None = None
+    """What FSDP shards over, (shards) or (replicate, shards). To the parameters that all share, expert is one more axis
+    of fsdp."""
+    expert_shard_mesh: DeviceMesh | None = None
+    """The same for the experts that this rank holds."""
     is_first: bool = True
     """Rank 0: the one that writes."""
 
@@ -45,11 +51,13 @@ def make_layout(parallelism: Parallelism) -> Layout:
         raise Refused("parallelism.workers", f"{parallelism.workers} workers, but {world} processes run")
     mesh = init_device_mesh(
         device.type,
-        (parallelism.pipeline, parallelism.replicate, parallelism.fsdp, parallelism.tensor),
-        mesh_dim_names=("pipeline", "replicate", "fsdp", "tensor"),
+        (parallelism.pipeline, parallelism.replicate, parallelism.fsdp, parallelism.expert, parallelism.tensor),
+        mesh_dim_names=("pipeline", "replicate", "fsdp", "expert", "tensor"),
     )
-    batch = mesh["replicate", "fsdp"]._flatten("batch")
-    sums = mesh["pipeline", "replicate", "fsdp"]._flatten("sums")
+    shards = mesh["fsdp", "expert"]._flatten("shards")
+    replicated = parallelism.replicate > 1
+    batch = mesh["replicate", "fsdp", "expert"]._flatten("batch")
+    sums = mesh["pipeline", "replicate", "fsdp", "expert"]._flatten("sums")
     return Layout(
         device,
         mesh,
@@ -57,5 +65,7 @@ def make_layout(parallelism: Parallelism) -> Layout:
         Coordinate(batch.get_local_rank(), batch.size()),
         sums.get_group(),
         batch.get_group(),
+        shard_mesh=DeviceMesh._concatenate([mesh["replicate"], shards]) if replicated else shards,
+        expert_shard_mesh=mesh["replicate", "fsdp"] if replicated else mesh["fsdp"],
         is_first=dist.get_rank() == 0,
     )

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from heliostat.models.load import blocks
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
+from heliostat.parallel.experts import expert_modules, shard_experts
 from heliostat.parallel.mesh import Layout
 from heliostat.parallel.plans import PassThrough, split_stage, tensor_plan
 from heliostat.parallel.recompute import set_recompute
-from heliostat.recipe import Recipe
+from heliostat.recipe import Recipe, Refused
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -38,6 +39,8 @@ class Parallel:
     """Pipelines only: by whether it trains. A schedule sets up its stage's buffers for backward passes or for none,
     so evaluation has a stage of its own around the same module."""
 
+    expert_parameters: set[str] = field(default_factory=set)
+    """Their gradients come from the tokens of all ranks that share the experts, so are averaged over fewer ranks."""
     tensor_grad_sums: set[str] = field(default_factory=set)
     """Replicated parameters that saw this tensor rank's heads only: the step sums their gradients over its peers."""
 
@@ -70,6 +73,9 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     grad_sums: set[str] = set()
     if degrees.tensor > 1:  # the plan's refusals come before anything is changed
         plan, grad_sums = tensor_plan(model, degrees.tensor)
+    experts = expert_modules(model, degrees.expert) if degrees.expert > 1 else {}
+    if experts and degrees.tensor > 1:
+        raise Refused("parallelism.expert", "experts are not split by tensor, too", "use tensor=1 or expert=1")
     runs: nn.Module = model
     if degrees.pipeline > 1:
         runs = split_stage(model, mesh["pipeline"].get_local_rank(), degrees.pipeline)
@@ -79,13 +85,18 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     if degrees.tensor > 1:
         present = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
         parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if "*" in k or k in present})
+    kept = set(model.modules())
+    experts = {name: module for name, module in experts.items() if module in kept}
+    if experts:
+        shard_experts(list(experts.values()), mesh["expert"], mesh["tensor"])
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
     compile_blocks(block_list, recipe)
-    if degrees.fsdp > 1 or degrees.tensor > 1 or degrees.pipeline > 1:
-        shards = mesh["replicate", "fsdp"] if degrees.replicate > 1 else mesh["fsdp"]
+    if degrees.shards > 1:
+        for module in experts.values():
+            fully_shard(module, mesh=layout.expert_shard_mesh)
         for block in block_list:
-            fully_shard(block, mesh=shards)
-        fully_shard(runs, mesh=shards)
+            fully_shard(block, mesh=layout.shard_mesh)
+        fully_shard(runs, mesh=layout.shard_mesh)
     elif degrees.replicate > 1:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
@@ -101,7 +112,8 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         stages = {
             train: PipelineStage(runs, rank, degrees.pipeline, layout.device, group=group) for train in (True, False)
         }
-    return Parallel(model, runs, layout, batch_norms, stages, grad_sums)
+    of_experts = {f"{name}.{each}" for name, module in experts.items() for each, _ in module.named_parameters()}
+    return Parallel(model, runs, layout, batch_norms, stages, of_experts, grad_sums)
 
 
 def compile_blocks(block_list: list[nn.Module], recipe: Recipe) -> None:

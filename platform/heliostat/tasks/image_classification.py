@@ -35,7 +35,7 @@ class ImageClassification(Task):
     def check(self) -> None:
         super().check()
         recipe = self.recipe
-        rows = recipe.training.micro_batch_size * recipe.parallelism.replicate * recipe.parallelism.fsdp
+        rows = recipe.training.micro_batch_size * recipe.parallelism.data_parallel
         if recipe.model.sync_batch_norm and recipe.training.global_batch_size > rows and self._has_batch_norm():
             raise Refused(
                 "training.micro_batch_size",

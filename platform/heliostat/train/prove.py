@@ -41,7 +41,8 @@ GRAD_NORM_TOLERANCE = 1e-4
 LENGTH = 32
 VOCABULARY = 256
 PROFILED_STEP = 3
-KEYS = ("replicate", "fsdp", "tensor", "pipeline", "schedule", "micro_batches", "recompute")
+AXES = ("fsdp", "expert", "tensor", "pipeline")
+KEYS = ("replicate", *AXES, "schedule", "micro_batches", "recompute")
 WORDS = ("schedule", "recompute")
 """Keys whose values are no numbers."""
 
@@ -73,7 +74,7 @@ def parse_layouts(text: str, workers: int) -> list[tuple[str, dict[str, Any]]]:
             if key not in WORDS and not value.isdecimal():
                 raise Refused("layouts", f"{key}={value!r} in {part!r} is not a number")
             given[key] = value if key in WORDS else int(value)
-        shards = given.get("fsdp", 1) * given.get("tensor", 1) * given.get("pipeline", 1)
+        shards = math.prod(given.get(axis, 1) for axis in AXES)
         if workers % shards:
             raise Refused("layouts", f"{part!r} takes {shards} processes, which do not divide --workers {workers}")
         if given.setdefault("replicate", workers // shards) * shards != workers:
@@ -158,12 +159,12 @@ def prove(source: Recipe, layouts: list[tuple[str, dict[str, Any]]], workers: in
 
 
 def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, folder: Path, number: int) -> Verdict:
-    axes = {axis: given.get(axis, 1) for axis in ("fsdp", "tensor", "pipeline")}
+    axes = {axis: given.get(axis, 1) for axis in AXES}
     tree = recipe.model_dump(mode="json")
     tree["parallelism"] |= axes | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
     tree["training"]["recompute"] = given.get("recompute", "none")
     if "micro_batches" in given:
-        rows = recipe.training.global_batch_size // (given["replicate"] * axes["fsdp"])
+        rows = recipe.training.global_batch_size // (given["replicate"] * axes["fsdp"] * axes["expert"])
         tree["training"]["micro_batch_size"] = max(1, rows // given["micro_batches"])
     try:
         _run(build(tree), workers, folder, f"layout-{number}")

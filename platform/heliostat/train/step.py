@@ -45,8 +45,9 @@ class TrainStep:
         self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stages else None
         self.bfloat16 = recipe.training.precision == "bfloat16"
         self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
-        named = parallel.model.named_parameters()
-        self.tensor_grad_sums = [p for name, p in named if name in parallel.tensor_grad_sums and p.requires_grad]
+        named = [(name, p) for name, p in parallel.model.named_parameters() if p.requires_grad]
+        self.expert_parameters = [p for name, p in named if name in parallel.expert_parameters]
+        self.tensor_grad_sums = [p for name, p in named if name in parallel.tensor_grad_sums]
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         device = self.parallel.layout.device.type
@@ -57,6 +58,7 @@ class TrainStep:
         micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
         sums, names = self.global_sums(micro, stop, self.task.train_metrics)
         with torch.no_grad():
+            self._average_expert_grads()
             self._sum_tensor_grads()
             grad_norm = self._scale_and_clip(sums[1])
         self.optimizer.step()
@@ -97,6 +99,12 @@ class TrainStep:
         if self.parallel.layout.sums_group is not None:
             dist.all_reduce(sums, group=self.parallel.layout.sums_group)
         return sums, names
+
+    def _average_expert_grads(self) -> None:
+        """FSDP averaged them over the ranks with the same experts; all others over the batch group."""
+        grads = [local(p.grad) for p in self.expert_parameters if p.grad is not None]
+        if grads:
+            torch._foreach_div_(grads, self.parallel.layout.parallelism.expert)
 
     def _sum_tensor_grads(self) -> None:
         mesh = self.parallel.layout.mesh

@@ -1,0 +1,54 @@
+"""Expert parallelism: each rank holds some of the experts of a mixture-of-experts model, and every token travels to
+the ranks of the experts it was routed to and back (all-to-all), by the plan that the model declares of itself
+(`base_model_ep_plan`)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from heliostat.recipe import Refused
+
+PARAMETERS, MODULES = "grouped_gemm", "ep_dispatch_experts"
+"""transformers' names for the styles of expert parameters, stacked along their first axis, and of what holds them."""
+
+
+def expert_modules(model: Any, degree: int) -> dict[str, nn.Module]:
+    """Name → module that holds experts. Refuses, by name, what the model cannot be split into."""
+    family = type(model).__name__
+    declared = getattr(model.config, "base_model_ep_plan", None)
+    if not declared:
+        raise Refused("parallelism.expert", f"{family} declares no expert-parallel plan", "use expert=1")
+    for style in declared.values():
+        if style not in (PARAMETERS, MODULES):
+            raise Refused(
+                "parallelism.expert", f"{family} asks for the style {style!r}, which is not supported", "use expert=1"
+            )
+    patterns = {f"{model.base_model_prefix}.{name}" for name, style in declared.items() if style == MODULES}
+    found = {name: module for name, module in model.named_modules() if re.sub(r"\.\d+\.", ".*.", name) in patterns}
+    if not found:
+        raise Refused("parallelism.expert", f"this {family} has no layer of experts", "use expert=1")
+    for module in found.values():
+        experts: Any = module.num_experts
+        if experts % degree:
+            raise Refused(
+                "parallelism.expert",
+                f"expert={degree} does not divide {experts} experts",
+                f"use a divisor of {experts}",
+            )
+    return found
+
+
+def shard_experts(modules: list[nn.Module], expert_mesh: DeviceMesh, tensor_mesh: DeviceMesh) -> None:
+    """Keep this rank's experts of each module, and let its forward pass exchange tokens over `expert_mesh`."""
+    from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    shard, dispatch = ALL_PARALLEL_STYLES[PARAMETERS], EpDispatchExpertsParallel()
+    for module in modules:
+        for name, _ in list(module.named_parameters(recurse=False)):
+            shard.shard_param(module, name, expert_mesh)
+        dispatch.install_forward(module, expert_mesh, tp_mesh=tensor_mesh, ep_implementation="all_to_all")
