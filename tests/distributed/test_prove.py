@@ -20,6 +20,8 @@ REFUSED = {
     "gemma": {"pipeline=2,schedule=gpipe": "GemmaForCausalLM ties its embeddings"},
     "gpt2": {"tensor=2": "GPT2LMHeadModel declares no tensor-parallel plan",
              "pipeline=2,schedule=gpipe": "GPT2LMHeadModel declares no pipeline plan"},
+    "bert": {"pipeline=2,schedule=gpipe": "BertForSequenceClassification declares no pipeline plan"},
+    "vit": {"pipeline=2,schedule=gpipe": "ViTForImageClassification declares no pipeline plan"},
     "mixtral": {"tensor=2": "packed_colwise"},
     "qwen3_moe": {"tensor=2": "packed_colwise"},
 }  # fmt: skip
@@ -34,7 +36,7 @@ def family(name: str, folder: Path) -> Recipe:
 @pytest.mark.parametrize(
     "name",
     ["llama", *(pytest.param(name, marks=pytest.mark.slow)
-                for name in ("qwen3", "gemma", "olmo", "phi", "gpt2", "mixtral", "qwen3_moe"))],
+                for name in ("qwen3", "gemma", "olmo", "phi", "gpt2", "mixtral", "qwen3_moe", "bert", "vit"))],
 )  # fmt: skip
 def test_families_on_two_processes(name: str, tmp_path: Path) -> None:
     refused = REFUSED.get(name, {})
@@ -92,6 +94,12 @@ def test_a_difference_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert verdict.status == "different"
     assert verdict.loss_difference is not None
     assert 0 < verdict.loss_difference < 1e-6
+
+
+def test_what_cannot_be_proven_is_refused(tmp_path: Path) -> None:
+    for name, words in (("resnet", "no attention heads"), ("vits", "classifies neither")):
+        with pytest.raises(Refused, match=words):
+            proof_recipe(family(name, tmp_path), tmp_path)
 
 
 def test_mistakes_in_layouts_are_refused() -> None:

@@ -15,10 +15,31 @@ GRAD_SUM = "replicated_with_grad_allreduce"
 """transformers' name for replicated modules that see this rank's heads only: their gradients are summed."""
 
 
+TENSOR_PLANS = {
+    "bert": {
+        "encoder.layer.*.attention.self.query": "colwise",
+        "encoder.layer.*.attention.self.key": "colwise",
+        "encoder.layer.*.attention.self.value": "colwise",
+        "encoder.layer.*.attention.output.dense": "rowwise",
+        "encoder.layer.*.intermediate.dense": "colwise",
+        "encoder.layer.*.output.dense": "rowwise",
+    },
+    "vit": {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    },
+}
+"""By `model_type`, for families that declare none of their own."""
+
+
 def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], set[str]]:
     """Module pattern → style, and the names of replicated parameters whose gradients tensor peers have to sum.
     Refuses, by name, what the model cannot be split into."""
-    declared = getattr(model.config, "base_model_tp_plan", None)
+    declared = getattr(model.config, "base_model_tp_plan", None) or TENSOR_PLANS.get(model.config.model_type)
     family = type(model).__name__
     if not declared:
         raise Refused("parallelism.tensor", f"{family} declares no tensor-parallel plan", "use tensor=1")

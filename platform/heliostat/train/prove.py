@@ -40,6 +40,7 @@ LOSS_TOLERANCE = 1e-5
 GRAD_NORM_TOLERANCE = 1e-4
 LENGTH = 32
 VOCABULARY = 256
+IMAGE = [3, 16, 16]
 PROFILED_STEP = 3
 AXES = ("fsdp", "expert", "tensor", "pipeline")
 KEYS = ("replicate", *AXES, "schedule", "micro_batches", "recompute")
@@ -89,6 +90,8 @@ def shrink(config: transformers.PretrainedConfig) -> dict[str, Any]:
     """Fields for a model of the same kind, small enough for a laptop: the ratio of query to key-value heads, ties,
     biases, norms and rotary settings stay."""
     # Enough heads that two key-value heads remain, which two tensor ranks can share.
+    if not getattr(config, "num_attention_heads", None):
+        raise Refused("recipe", f"{config.model_type} has no attention heads", "only transformers can be proven so far")
     ratio = int(config.num_attention_heads) // int(
         getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     )
@@ -100,17 +103,29 @@ def shrink(config: transformers.PretrainedConfig) -> dict[str, Any]:
         "intermediate_size": 32 * heads, "moe_intermediate_size": 16 * heads, "head_dim": 16, "vocab_size": VOCABULARY,
         "max_position_embeddings": 2 * LENGTH, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
         "sliding_window": None, "max_window_layers": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-        "layer_types": None,
+        "layer_types": None, "image_size": IMAGE[1], "patch_size": 4, "num_channels": IMAGE[0],
     }  # fmt: skip
     small |= {key: value for key, value in optional.items() if getattr(config, key, None) is not None}
     return {config.attribute_map.get(key, key): value for key, value in small.items()}
 
 
+def proof_task(config: transformers.PretrainedConfig) -> str:
+    """What a model of this kind is trained to do."""
+    kind = config.model_type
+    if kind in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "image_classification"
+    # Encoders can also be made decoders, which nobody means by them.
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
+        return "language_model"
+    if kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return "text_classification"
+    raise Refused("recipe", f"{kind} is no language model, and classifies neither texts nor images")
+
+
 def proof_recipe(recipe: Recipe, storage: Path) -> Recipe:
     """The fixed proof of a recipe's model: only its architecture is taken."""
     base = transformers_config(recipe.model)
-    if base.model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise Refused("recipe", f"{base.model_type} is not a causal language model", "only those can be proven so far")
     own = {"model_type": base.model_type} | {
         key: value
         for key, value in base.to_diff_dict().items()
@@ -118,7 +133,7 @@ def proof_recipe(recipe: Recipe, storage: Path) -> Recipe:
         and not key.startswith(("transformers_", "_", "id2label", "label2id"))
     }
     return build({
-        "name": "proof", "task": "language_model", "storage": str(storage),
+        "name": "proof", "task": proof_task(base), "storage": str(storage),
         "model": {"config": own | shrink(base), "dropout": 0.0},
         "data": {"train": "made here", "pack": False, "sequence_length": LENGTH},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0},
@@ -130,18 +145,30 @@ def proof_recipe(recipe: Recipe, storage: Path) -> Recipe:
 
 
 def make_data(folder: Path) -> None:
-    """Random documents of uneven length: 49 rows in batches of 16, so that an epoch's last batch has one row."""
+    """Random documents of uneven length, random images, and a label for each: 49 rows in batches of 16, so that an
+    epoch's last batch has one row. Each task finds its own columns."""
     random = np.random.default_rng(0)
     for split, rows in (("train", 49), ("validation", 4), ("test", 4)):
         lengths = random.integers(2, LENGTH + 1, rows)
         documents = [random.integers(3, VOCABULARY, length).tolist() for length in lengths]
         table = pa.table({
             "input_ids": pa.array(documents, pa.list_(pa.int32())), "length": pa.array(lengths.astype(np.int32)),
-            "sample_id": pa.array(range(rows), pa.int64()),
+            "sample_id": pa.array(range(rows), pa.int64()), "label": pa.array(random.integers(0, 3, rows), pa.int64()),
+            "pixels": pa.array(random.integers(0, 256, (rows, math.prod(IMAGE)), np.uint8).tolist(),
+                               pa.list_(pa.uint8(), math.prod(IMAGE))),
         })  # fmt: skip
         (folder / split).mkdir(parents=True)
         pq.write_table(table, folder / split / "part.parquet")
-    facts = {"padding_id": 0, "vocab_size": VOCABULARY, "eos_token_id": 2, "bos_token_id": 1}
+    facts = {
+        "padding_id": 0,
+        "vocab_size": VOCABULARY,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "labels": ["a", "b", "c"],
+        "image_shape": IMAGE,
+        "mean": [0.5] * IMAGE[0],
+        "std": [0.3] * IMAGE[0],
+    }
     meta = {"version": PREPARED_VERSION, "fingerprint": "proof", "recipe": "proof", "facts": facts, "rows": {}}
     (folder / "meta.json").write_text(json.dumps(meta))
 
