@@ -141,6 +141,9 @@ class Parallelism(Section):
     workers: PositiveInt = 1
     fsdp: PositiveInt = 1
     """Workers that share one copy of the parameters (FSDP2)."""
+    reshard_after_forward: bool = True
+    """Free each block's gathered parameters after its forward pass and gather them again for the backward pass
+    (ZeRO-3). False: keep them in between (ZeRO-2): more memory, less traffic."""
     expert: PositiveInt = 1
     """Workers that share one copy of the experts of a mixture-of-experts model; its other parameters are sharded over
     fsdp × expert workers."""

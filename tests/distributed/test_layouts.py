@@ -6,17 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor.debug import CommDebugMode
 
 from heliostat.curves import METRICS_FILE, read_metrics
+from heliostat.data.prepare import read_prepared
 from heliostat.recipe import Recipe, override
-from heliostat.train.loop import train
+from heliostat.train.loop import Run, train
 from tests.distributed.harness import run
 from tests.recipes import prepared, tiny_llama
 
 LAYOUTS = {
     "ddp": {"parallelism.workers": 4},
     "fsdp2-tensor2": {"parallelism.workers": 4, "parallelism.fsdp": 2, "parallelism.tensor": 2},
+    "fsdp4-kept-after-forward": {
+        "parallelism.workers": 4,
+        "parallelism.fsdp": 4,
+        "parallelism.reshard_after_forward": False,
+    },
     "pipeline2-fsdp2": {"parallelism.workers": 4, "parallelism.pipeline": 2, "parallelism.fsdp": 2},
     "pipeline2-gpipe-replicate2": {
         "parallelism.workers": 4,
@@ -75,6 +83,28 @@ def test_layout_equals_one_process(reference: tuple[Recipe, Path, Path], layout:
         assert weights_[name].numpy() == pytest.approx(weights[name].numpy(), abs=2e-4), name
 
 
+@pytest.mark.parametrize("reshard", [True, False])
+def test_averaged_weights_are_evaluated_and_not_trained_on(
+    reference: tuple[Recipe, Path, Path], reshard: bool, tmp_path: Path
+) -> None:
+    """Gathered parameters that outlive an evaluation would be trained on in place of those it swapped away."""
+    recipe, data, _ = reference
+    averaged = override(
+        recipe,
+        {
+            "training.ema_decay": 0.5,
+            "training.evaluate_every_steps": 2,
+            "training.keep_best": False,
+            "checkpoint.every_steps": 9,
+        },
+    )
+    run(1, train_here, averaged, data, tmp_path / "one")
+    sharded = {"parallelism.workers": 2, "parallelism.fsdp": 2, "parallelism.reshard_after_forward": reshard}
+    run(2, train_here, override(averaged, sharded), data, tmp_path / "two")
+    expected, got = ([loss for loss, *_ in figures(tmp_path / name)] for name in ("one", "two"))
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
 def test_resume_on_fewer_workers(reference: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
     recipe, data, one = reference
     two = override(recipe, {"parallelism.workers": 2})
@@ -85,3 +115,21 @@ def test_resume_on_fewer_workers(reference: tuple[Recipe, Path, Path], tmp_path:
     expected = figures(one)
     got = figures(tmp_path / "two") + figures(tmp_path / "then-one")
     assert [loss for loss, *_ in got] == pytest.approx([loss for loss, *_ in expected], rel=1e-5)
+
+
+def gathers(recipe: Recipe, folder: Path, run_dir: Path) -> int:
+    """All-gathers of one training step."""
+    ranks = Run(recipe, read_prepared(folder), run_dir)
+    ranks.step(ranks._batches(ranks.progress.cursor, train=True)[:1])  # the first sets FSDP up
+    with CommDebugMode() as comm:
+        ranks.step(ranks._batches(ranks.progress.cursor, train=True)[:1])
+    return comm.get_comm_counts()[torch.ops.c10d._allgather_base_]
+
+
+def test_kept_parameters_are_gathered_once(reference: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
+    """ZeRO-3 gathers each of the two blocks for the forward and for the backward pass and the rest once; ZeRO-2 all
+    once."""
+    recipe, data, _ = reference
+    for reshard, expected in ((True, 2 * 2 + 1), (False, 2 + 1)):
+        sharded = {"parallelism.workers": 2, "parallelism.fsdp": 2, "parallelism.reshard_after_forward": reshard}
+        assert run(2, gathers, override(recipe, sharded), data, tmp_path / str(reshard)) == [expected, expected]

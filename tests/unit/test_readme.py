@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from heliostat.recipe import Recipe
+from heliostat.recipe import Recipe, field_paths
 from heliostat.tasks import get_task
 from pipelines.job import find_recipe, parse
 from pipelines.recipes import BUILT_IN
@@ -45,6 +45,18 @@ def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)  # which restores sys.path in the end
     yield tmp_path
     sys.modules.pop("mine", None)
+
+
+def test_fields_that_pages_name_exist() -> None:
+    sections = {path.partition(".")[0] for path in field_paths()}
+    named = {
+        span
+        for page in PAGES
+        for span in re.findall(r"`([a-z_]+\.[a-z_0-9.]+)`", page.read_text())
+        if span.partition(".")[0] in sections
+    }
+    assert len(named) > 10
+    assert named <= set(field_paths())
 
 
 def check(words: list[str]) -> None:

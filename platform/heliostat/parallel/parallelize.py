@@ -51,6 +51,13 @@ class Parallel:
         elif isinstance(self.runs, FSDPModule):
             self.runs.set_requires_gradient_sync(sync)
 
+    def reshard(self) -> None:
+        """Free what FSDP gathered. A forward pass without a backward pass leaves some of it gathered, and the next one
+        would take it for the parameters, whatever they have become since."""
+        for module in self.runs.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @property
     def gradient_divisor(self) -> int:
         """DDP and FSDP average over the batch group; the step wants sums."""
@@ -92,11 +99,12 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
     compile_blocks(block_list, recipe)
     if degrees.shards > 1:
+        reshard = degrees.reshard_after_forward
         for module in experts.values():
-            fully_shard(module, mesh=layout.expert_shard_mesh)
+            fully_shard(module, mesh=layout.expert_shard_mesh, reshard_after_forward=reshard)
         for block in block_list:
-            fully_shard(block, mesh=layout.shard_mesh)
-        fully_shard(runs, mesh=layout.shard_mesh)
+            fully_shard(block, mesh=layout.shard_mesh, reshard_after_forward=reshard)
+        fully_shard(runs, mesh=layout.shard_mesh, reshard_after_forward=False)
     elif degrees.replicate > 1:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(

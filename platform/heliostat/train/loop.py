@@ -279,6 +279,7 @@ class Run:
             part, _ = self.step.global_sums(micro, False, names)
             sums = part if sums is None else sums + part
         model.train()
+        self.parallel.reshard()
         assert sums is not None
         loss_sum, weight, _, *metrics = sums.tolist()
         return self.task.metrics(loss_sum, weight, dict(zip(names, metrics, strict=True)))
