@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,10 @@ class Training(Section):
     """The bundle holds the weights of the best evaluation, not the last."""
 
 
+SHARD_AXES = ("fsdp", "expert", "tensor", "pipeline")
+"""The axes that split a model; what they leave of the workers holds copies of it."""
+
+
 class Parallelism(Section):
     workers: PositiveInt = 1
     fsdp: PositiveInt = 1
@@ -166,13 +171,13 @@ class Parallelism(Section):
     @property
     def shards(self) -> int:
         """Workers that hold one copy of the model."""
-        return self.fsdp * self.expert * self.tensor * self.pipeline
+        return math.prod(getattr(self, axis) for axis in SHARD_AXES)
 
     @model_validator(mode="after")
     def _divides(self) -> Parallelism:
         if self.workers % self.shards:
             raise ValueError(
-                f"workers={self.workers} is not a multiple of fsdp × expert × tensor × pipeline = {self.shards}; "
+                f"workers={self.workers} is not a multiple of {' × '.join(SHARD_AXES)} = {self.shards}; "
                 f"use workers={self.shards * max(1, round(self.workers / self.shards))}"
             )
         return self

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.recipe import (
+    SHARD_AXES,
     Choice,
     Integers,
     LogUniform,
@@ -107,7 +108,7 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
             "schedule.max_steps": None,
             "training.early_stopping_patience": 0,
             "checkpoint.every_steps": 1 << 30,
-            **{f"parallelism.{axis}": 1 for axis in ("fsdp", "tensor", "pipeline")},
+            **{f"parallelism.{axis}": 1 for axis in SHARD_AXES},
             "parallelism.workers": workers,
         }
         | values,

@@ -32,7 +32,7 @@ from transformers.models.auto import modeling_auto
 from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import PREPARED_VERSION
 from heliostat.models.load import transformers_config
-from heliostat.recipe import Recipe, Refused, build, nearest
+from heliostat.recipe import SHARD_AXES, Recipe, Refused, build, nearest
 from heliostat.train.loop import train
 
 STEPS = 10
@@ -42,8 +42,7 @@ LENGTH = 32
 VOCABULARY = 256
 IMAGE = [3, 16, 16]
 PROFILED_STEP = 3
-AXES = ("fsdp", "expert", "tensor", "pipeline")
-KEYS = ("replicate", *AXES, "schedule", "micro_batches", "recompute")
+KEYS = ("replicate", *SHARD_AXES, "schedule", "micro_batches", "recompute")
 WORDS = ("schedule", "recompute")
 """Keys whose values are no numbers."""
 
@@ -75,7 +74,7 @@ def parse_layouts(text: str, workers: int) -> list[tuple[str, dict[str, Any]]]:
             if key not in WORDS and not value.isdecimal():
                 raise Refused("layouts", f"{key}={value!r} in {part!r} is not a number")
             given[key] = value if key in WORDS else int(value)
-        shards = math.prod(given.get(axis, 1) for axis in AXES)
+        shards = math.prod(given.get(axis, 1) for axis in SHARD_AXES)
         if workers % shards:
             raise Refused("layouts", f"{part!r} takes {shards} processes, which do not divide --workers {workers}")
         if given.setdefault("replicate", workers // shards) * shards != workers:
@@ -186,7 +185,7 @@ def prove(source: Recipe, layouts: list[tuple[str, dict[str, Any]]], workers: in
 
 
 def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, folder: Path, number: int) -> Verdict:
-    axes = {axis: given.get(axis, 1) for axis in AXES}
+    axes = {axis: given.get(axis, 1) for axis in SHARD_AXES}
     tree = recipe.model_dump(mode="json")
     tree["parallelism"] |= axes | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
     tree["training"]["recompute"] = given.get("recompute", "none")
