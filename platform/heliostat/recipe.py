@@ -30,6 +30,7 @@ RECIPE_VERSION: Literal[1] = 1
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "zbv"]
 
 
 class Refused(ValueError):
@@ -154,7 +155,8 @@ class Parallelism(Section):
     fsdp × expert workers."""
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
+    """`interleaved` and `zbv` give each pipeline rank two stages; the others, one."""
     cpus_per_worker: PositiveFloat = 1.0
     use_gpu: bool | None = None
     """None: use GPUs where the cluster has enough of them."""
@@ -307,11 +309,33 @@ class Recipe(Section):
                 f"({rows} rows a micro-batch over all workers, {parallel.pipeline} stages)",
                 f"use ≥ {rows * parallel.pipeline}, or a smaller training.micro_batch_size",
             )
+        if parallel.pipeline > 1 and parallel.schedule == "interleaved":
+            self._check_rounds(rows)
+        if parallel.pipeline > 1 and parallel.schedule == "zbv" and training.compile:
+            raise Refused(
+                "training.compile",
+                "zbv runs the backward pass in two parts, and a compiled block has one",
+                "set it false, or use parallelism.schedule=interleaved",
+            )
         for path, spec in self.tune.space.items():
             values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]
             for value in values:
                 override(self, {path: value}, check_tune=False)
         return self
+
+    def _check_rounds(self, rows: int) -> None:
+        """`rows`: those of one micro-batch over all workers. Interleaving goes through the stages in rounds of about
+        as many micro-batches as there are pipeline ranks, and of equally many."""
+        ranks, given = self.parallelism.pipeline, self.training.global_batch_size
+        count = -(-given // rows)
+        if count % max(1, count // ranks):
+            lower = count // ranks * ranks
+            raise Refused(
+                "training.global_batch_size",
+                f"{given} rows are {count} micro-batches ({rows} rows each over all workers), which "
+                f"{count // ranks} rounds of an interleaved pipeline over {ranks} ranks cannot share evenly",
+                f"use {rows * lower} or {rows * (lower + ranks)}",
+            )
 
     @property
     def storage_path(self) -> Path:

@@ -103,7 +103,13 @@ def test_what_cannot_be_proven_is_refused(tmp_path: Path) -> None:
 
 
 def test_mistakes_in_layouts_are_refused() -> None:
-    for text, word in (("fdsp=2", "fsdp"), ("fsdp=two", "number"), ("fsdp=3", "divide"), ("", "layout")):
+    for text, word in (
+        ("fdsp=2", "fsdp"),
+        ("fsdp=two", "number"),
+        ("fsdp=3", "divide"),
+        ("pipeline=2,schedule=interleave", "did you mean interleaved"),
+        ("", "layout"),
+    ):
         with pytest.raises(Refused, match=word):
             parse_layouts(text, 4)
 

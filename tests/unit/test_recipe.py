@@ -145,6 +145,30 @@ def test_fewer_micro_batches_than_stages() -> None:
     build(BASE | tree | {"training": {"global_batch_size": 16, "micro_batch_size": 4}})
 
 
+def test_micro_batches_that_interleaved_rounds_cannot_share() -> None:
+    parallelism = {"workers": 4, "pipeline": 2, "schedule": "interleaved"}
+
+    def tree(rows: int, schedule: str = "interleaved") -> dict[str, Any]:
+        training = {"global_batch_size": rows, "micro_batch_size": 2}
+        return {"parallelism": parallelism | {"schedule": schedule}, "training": training}
+
+    error = refused(tree(20))
+    assert error.field == "training.global_batch_size"
+    assert "5 micro-batches" in error.reason
+    assert "2 rounds" in error.reason
+    assert error.suggestion == "use 16 or 24"
+    for rows in (8, 12, 16, 24):  # two, three (one round of all), four, six
+        build(BASE | tree(rows))
+    build(BASE | tree(20, "zbv"))
+
+
+def test_zbv_does_not_go_with_compile() -> None:
+    parallelism = {"workers": 2, "pipeline": 2, "schedule": "zbv"}
+    tree = {"parallelism": parallelism, "training": {"global_batch_size": 64, "compile": True}}
+    assert refused(tree).field == "training.compile"
+    build(BASE | tree | {"parallelism": parallelism | {"schedule": "interleaved"}})
+
+
 def test_override_by_dotted_path() -> None:
     recipe = build(BASE)
     changed = override(recipe, {"optimizer.lr": 5e-4, "data.train": "x.csv", "seed": 3})

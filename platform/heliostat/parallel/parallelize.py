@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import FORWARD, RECV_F, RESHARD, SEND_F, UNSHARD, PipelineScheduleMulti
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -18,11 +25,17 @@ from heliostat.models.load import blocks
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.parallel.experts import expert_modules, shard_experts
 from heliostat.parallel.mesh import Layout
-from heliostat.parallel.plans import PassThrough, split_stage, tensor_plan
+from heliostat.parallel.plans import PassThrough, Stage, split_stages, tensor_plan
 from heliostat.parallel.recompute import set_recompute
-from heliostat.recipe import Recipe, Refused
+from heliostat.recipe import PipelineSchedule, Recipe, Refused
 
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+SCHEDULES: dict[PipelineSchedule, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+}
+FORWARD_ACTIONS = (UNSHARD, RECV_F, FORWARD, SEND_F, RESHARD)
 
 
 @dataclass
@@ -30,14 +43,14 @@ class Parallel:
     """A model laid out over the mesh."""
 
     model: nn.Module
-    """The transformers model (this stage's part of it): its parameters carry the whole model's names."""
+    """The transformers model (this rank's part of it): its parameters carry the whole model's names."""
     runs: nn.Module
-    """What a forward pass calls: the model, its DDP wrapper, or the pipeline stage."""
+    """What a forward pass calls: the model or its DDP wrapper. Pipelines: the list of this rank's stages."""
     layout: Layout
     batch_norms: list[GlobalBatchNorm2d] = field(default_factory=list)
-    stages: dict[bool, PipelineStage] = field(default_factory=dict)
-    """Pipelines only: by whether it trains. A schedule sets up its stage's buffers for backward passes or for none,
-    so evaluation has a stage of its own around the same module."""
+    stages: dict[bool, list[PipelineStage]] = field(default_factory=dict)
+    """Pipelines only: this rank's stages, by whether they train. A schedule sets up its stages' buffers for backward
+    passes or for none, so evaluation has stages of its own around the same modules."""
 
     expert_parameters: set[str] = field(default_factory=set)
     """Their gradients come from the tokens of all ranks that share the experts, so are averaged over fewer ranks."""
@@ -63,9 +76,18 @@ class Parallel:
         """DDP and FSDP average over the batch group; the step wants sums."""
         return self.layout.replicas
 
-    def schedule(self, name: str, num_micro_batches: int, loss_fn: Any) -> Any:
-        stage = self.stages[loss_fn is not None]
-        return SCHEDULES[name](stage, num_micro_batches, loss_fn=loss_fn, scale_grads=False)
+    def schedule(self, name: PipelineSchedule, num_micro_batches: int, loss_fn: Any) -> Any:
+        """Without a loss: forward passes only."""
+        stages, kind = self.stages[loss_fn is not None], SCHEDULES[name]
+        if not issubclass(kind, PipelineScheduleMulti):
+            return kind(stages[0], num_micro_batches, loss_fn=loss_fn, scale_grads=False)
+        schedule = kind(stages, num_micro_batches, loss_fn=loss_fn, scale_grads=False)
+        if loss_fn is None:  # its backward actions would run, and fail where two neighbours share a rank
+            schedule.pipeline_order_with_comms = {
+                rank: [action for action in actions if action.computation_type in FORWARD_ACTIONS]
+                for rank, actions in schedule.pipeline_order_with_comms.items()
+            }
+        return schedule
 
 
 def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
@@ -84,8 +106,10 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     if experts and degrees.tensor > 1:
         raise Refused("parallelism.expert", "experts are not split by tensor, too", "use tensor=1 or expert=1")
     runs: nn.Module = model
+    parts: list[Stage] = []
     if degrees.pipeline > 1:
-        runs = split_stage(model, mesh["pipeline"].get_local_rank(), degrees.pipeline)
+        parts = split_stages(model, degrees.schedule, mesh["pipeline"].get_local_rank(), degrees.pipeline)
+        runs = nn.ModuleList(parts)
         kept = set(model.modules())
         block_list = [block for block in block_list if block in kept]
     model.to(layout.device)
@@ -99,12 +123,15 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
     compile_blocks(block_list, recipe)
     if degrees.shards > 1:
-        reshard = degrees.reshard_after_forward
+        # Schedules of several stages gather and free whole stages, and a split backward pass looks for its weights
+        # before any hook of FSDP could gather them.
+        reshard = degrees.reshard_after_forward and len(parts) < 2
         for module in experts.values():
             fully_shard(module, mesh=layout.expert_shard_mesh, reshard_after_forward=reshard)
         for block in block_list:
             fully_shard(block, mesh=layout.shard_mesh, reshard_after_forward=reshard)
-        fully_shard(runs, mesh=layout.shard_mesh, reshard_after_forward=False)
+        for root in parts or [model]:
+            fully_shard(root, mesh=layout.shard_mesh, reshard_after_forward=False)
     elif degrees.replicate > 1:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
@@ -115,10 +142,11 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
             broadcast_buffers=False,  # its successor would still send them at the start; ranks build them alike
         )
     stages = {}
-    if degrees.pipeline > 1:
-        rank, group = mesh["pipeline"].get_local_rank(), mesh["pipeline"].get_group()
+    if parts:
+        group = mesh["pipeline"].get_group()
         stages = {
-            train: PipelineStage(runs, rank, degrees.pipeline, layout.device, group=group) for train in (True, False)
+            train: [PipelineStage(part, part.index, part.count, layout.device, group=group) for part in parts]
+            for train in (True, False)
         }
     of_experts = {f"{name}.{each}" for name, module in experts.items() for each, _ in module.named_parameters()}
     return Parallel(model, runs, layout, batch_norms, stages, of_experts, grad_sums)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heliostat.parallel.parallelize import Parallel
+from heliostat.recipe import PipelineSchedule
 from heliostat.tasks import Batch, LossSums, Task
 
 
@@ -15,31 +16,35 @@ class PipelineRunner:
     """PyTorch's schedules chunk one tensor; ours gives them lists of micro-batches, since targets are dictionaries
     and a weight belongs to each. Every micro-batch has the same shape."""
 
-    def __init__(self, parallel: Parallel, task: Task, schedule: str) -> None:
+    def __init__(self, parallel: Parallel, task: Task, schedule: PipelineSchedule) -> None:
         self.parallel, self.task, self.name = parallel, task, schedule
         self._schedules: dict[tuple[int, bool], Any] = {}
         self._sums: list[LossSums] = []
         self._batches: list[Batch] = []
 
     def run(self, batches: list[Batch], train: bool) -> list[LossSums]:
-        """Forward (and, training, backward) over all micro-batches; sums on the last stage, nothing elsewhere.
+        """Forward (and, training, backward) over all micro-batches; sums on the ranks that hold the last stage
+        (the first ones, under zbv), nothing elsewhere.
 
         Collective: every rank must call it, in the same order."""
-        stage = self.parallel.stages[train]
+        stages = self.parallel.stages[train]
         self._sums, self._batches = [], batches
         schedule = self._schedule(len(batches), train)
-        stage.has_backward = train
-        stage.clear_runtime_states()
+        for stage in stages:
+            stage.has_backward = train
+            stage.clear_runtime_states()
+        holds_first = any(stage.is_first for stage in stages)
+        last = next((stage for stage in stages if stage.is_last), None)
         extra = [{k: v for k, v in batch.inputs.items() if k != "input_ids"} for batch in batches]
-        ids = [(batch.inputs["input_ids"],) for batch in batches] if stage.is_first else [()] * len(batches)
+        ids = [(batch.inputs["input_ids"],) for batch in batches] if holds_first else [()] * len(batches)
         # A target must be a tensor: it is the micro-batch's number.
-        numbers = [torch.tensor(number) for number in range(len(batches))] if stage.is_last else None
+        numbers = [torch.tensor(number) for number in range(len(batches))] if last else None
         schedule._step_microbatches(ids, extra, numbers, [] if train else None)
-        if not stage.is_last:
+        if last is None:
             return []
         if not train:
             self._sums = [
-                self.task.loss(out, batch, train=False) for out, batch in zip(stage.output_chunks, batches, strict=True)
+                self.task.loss(out, batch, train=False) for out, batch in zip(last.output_chunks, batches, strict=True)
             ]
         return self._sums[-len(batches) :]  # the first run infers the shapes of gradients with a loss of its own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from heliostat.recipe import Refused
+from heliostat.recipe import PipelineSchedule, Refused
 
 GRAD_SUM = "replicated_with_grad_allreduce"
 """transformers' name for replicated modules that see this rank's heads only: their gradients are summed."""
@@ -80,33 +81,82 @@ def pipeline_modules(model: Any) -> list[str]:
     return list(declared)
 
 
-def split_stage(model: Any, stage: int, stages: int) -> nn.Module:
-    """Keep what stage `stage` of `stages` runs; the rest is replaced by pass-through modules, so that parameter
-    names (and checkpoints) stay those of the whole model."""
-    base = model.base_model
+def local_stages(schedule: PipelineSchedule, rank: int, ranks: int) -> list[int]:
+    """The stages that pipeline rank `rank` of `ranks` holds, in the model's order. Every rank holds equally many."""
+    if schedule == "interleaved":
+        return [rank, rank + ranks]
+    if schedule == "zbv":  # down one leg of the V and up the other: the first rank holds both ends
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank]
+
+
+def split_stages(model: Any, schedule: PipelineSchedule, rank: int, ranks: int) -> list[Stage]:
+    """The stages of pipeline rank `rank` of `ranks`, which share the model's modules. In the model itself, what none
+    of them runs is replaced by pass-through modules, so that parameter names (and checkpoints) stay those of the
+    whole model. Refuses what cannot be split."""
+    mine = local_stages(schedule, rank, ranks)
+    count = ranks * len(mine)
     first, *_, last = pipeline_modules(model)
-    block_name = next(name for name in pipeline_modules(model) if isinstance(getattr(base, name), nn.ModuleList))
-    blocks = getattr(base, block_name)
-    if stages > len(blocks):
+    block_name = next(
+        name for name in pipeline_modules(model) if isinstance(getattr(model.base_model, name), nn.ModuleList)
+    )
+    blocks = getattr(model.base_model, block_name)
+    if count > len(blocks):
         raise Refused(
-            "parallelism.pipeline", f"{stages} stages for {len(blocks)} blocks", f"use pipeline ≤ {len(blocks)}"
+            "parallelism.pipeline",
+            f"{count} stages ({len(mine)} a rank) for {len(blocks)} blocks",
+            f"use pipeline ≤ {len(blocks) // len(mine)}",
         )
     if getattr(model.config, "tie_word_embeddings", False):
         raise Refused(
             "parallelism.pipeline",
-            f"{type(model).__name__} ties its embeddings, whose ends lie on two stages",
+            f"{type(model).__name__} ties its embeddings, which the first and the last stage would both hold",
             "set model.config tie_word_embeddings false, or use pipeline=1",
         )
-    bounds = [round(i * len(blocks) / stages) for i in range(stages + 1)]
-    for index in range(len(blocks)):
-        if not bounds[stage] <= index < bounds[stage + 1]:
-            blocks[index] = PassThrough()
-    if stage > 0:
-        setattr(base, first, PassThrough())
-    if stage < stages - 1:
-        setattr(base, last, PassThrough())
-        model.set_output_embeddings(PassThrough())
-    return Stage(model, is_first=stage == 0)
+    bounds = [round(i * len(blocks) / count) for i in range(count + 1)]
+    if schedule == "zbv":
+        _check_first_stage([getattr(model.base_model, first), *blocks[: bounds[1]]])
+
+    def keep(part: Any, stages: list[int]) -> None:
+        base = part.base_model
+        part_blocks = getattr(base, block_name)
+        kept = {index for stage in stages for index in range(bounds[stage], bounds[stage + 1])}
+        for index in range(len(blocks)):
+            if index not in kept:
+                part_blocks[index] = PassThrough()
+        if 0 not in stages:
+            setattr(base, first, PassThrough())
+        if count - 1 not in stages:
+            setattr(base, last, PassThrough())
+            part.set_output_embeddings(PassThrough())
+
+    parts = []
+    for stage in mine:
+        part = _view(model)
+        setattr(part, model.base_model_prefix, _view(model.base_model))
+        setattr(part.base_model, block_name, _view(blocks))
+        keep(part, [stage])
+        parts.append(Stage(part, stage, count))
+    keep(model, mine)
+    return parts
+
+
+def _check_first_stage(modules: list[nn.Module]) -> None:
+    """Where the first stage trains nothing, the second one's inputs need no gradient; a backward pass that starts
+    from the inputs' side then finds none of the second's weights, and leaves them untrained without a word."""
+    if not any(p.requires_grad for module in modules for p in module.parameters()):
+        raise Refused(
+            "parallelism.schedule",
+            "zbv needs a parameter to train in the pipeline's first stage, and all of them are frozen",
+            "use interleaved, or a smaller model.freeze_layers",
+        )
+
+
+def _view(module: Any) -> Any:
+    """A second container of the same children: what is replaced in one stays in the other."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view
 
 
 class PassThrough(nn.Module):
@@ -119,10 +169,14 @@ class PassThrough(nn.Module):
 class Stage(nn.Module):
     """One pipeline stage: token ids or hidden states (B, T, D) in, hidden states or logits (B, T, V) out."""
 
-    def __init__(self, model: nn.Module, is_first: bool) -> None:
+    def __init__(self, model: nn.Module, index: int, count: int) -> None:
         super().__init__()
-        self.model, self.is_first = model, is_first
+        self.model, self.index, self.count = model, index, count
 
     def forward(self, x: Any, **kwargs: Any) -> Any:
-        key = "input_ids" if self.is_first else "inputs_embeds"
-        return self.model(**{key: x}, use_cache=False, **kwargs).logits
+        inputs = {"input_ids" if self.index == 0 else "inputs_embeds": x, "use_cache": False, **kwargs}
+        if self.index == self.count - 1:
+            return self.model(**inputs).logits
+        # Without the head, which would return a view of the hidden states: a split backward pass detaches them.
+        base: Any = self.model.base_model
+        return base(**inputs).last_hidden_state

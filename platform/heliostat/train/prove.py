@@ -19,7 +19,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ from transformers.models.auto import modeling_auto
 from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import PREPARED_VERSION
 from heliostat.models.load import transformers_config
-from heliostat.recipe import SHARD_AXES, Recipe, Refused, build, nearest
+from heliostat.recipe import SHARD_AXES, PipelineSchedule, Recipe, Refused, build, nearest
 from heliostat.train.loop import train
 
 STEPS = 10
@@ -73,6 +73,9 @@ def parse_layouts(text: str, workers: int) -> list[tuple[str, dict[str, Any]]]:
                 raise Refused("layouts", f"{key!r} in {part!r} is no axis of a layout", nearest(key, list(KEYS)))
             if key not in WORDS and not value.isdecimal():
                 raise Refused("layouts", f"{key}={value!r} in {part!r} is not a number")
+            if key == "schedule" and value not in (known := list(get_args(PipelineSchedule))):
+                hint = nearest(value, known) or f"one of {', '.join(known)}"
+                raise Refused("layouts", f"{value!r} in {part!r} is no pipeline schedule", hint)
             given[key] = value if key in WORDS else int(value)
         shards = math.prod(given.get(axis, 1) for axis in SHARD_AXES)
         if workers % shards:
