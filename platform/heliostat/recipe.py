@@ -139,7 +139,7 @@ class Training(Section):
     """The bundle holds the weights of the best evaluation, not the last."""
 
 
-SHARD_AXES = ("fsdp", "expert", "tensor", "pipeline")
+SHARD_AXES = ("fsdp", "expert", "context", "tensor", "pipeline")
 """The axes that split a model; what they leave of the workers holds copies of it."""
 
 
@@ -153,6 +153,8 @@ class Parallelism(Section):
     expert: PositiveInt = 1
     """Workers that share one copy of the experts of a mixture-of-experts model; its other parameters are sharded over
     fsdp × expert workers."""
+    context: PositiveInt = 1
+    """Workers that share each sequence: each holds some of its positions."""
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     schedule: PipelineSchedule = "1f1b"
@@ -301,7 +303,7 @@ class Recipe(Section):
         if not self.name or self.name != Path(self.name).name or self.name.startswith("."):
             raise ValueError(f"name={self.name!r} must be usable as a folder's name")
         parallel, training = self.parallelism, self.training
-        rows = training.micro_batch_size * parallel.replicate * parallel.fsdp
+        rows = training.micro_batch_size * parallel.data_parallel
         if parallel.pipeline > 1 and training.global_batch_size < rows * parallel.pipeline:
             raise Refused(
                 "training.global_batch_size",

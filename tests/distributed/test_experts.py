@@ -30,7 +30,7 @@ def test_two_ranks_train_like_one_and_send_each_token_to_its_experts(tmp_path: P
 def test_hybrids(name: str, tmp_path: Path) -> None:
     recipe = family(name, tmp_path)
     for workers, layouts in (
-        (4, "expert=2,fsdp=2;expert=2,replicate=2;expert=4;expert=2,pipeline=2;expert=2,recompute=full"),
+        (4, "expert=2,fsdp=2;expert=2,replicate=2;expert=4;expert=2,pipeline=2,schedule=zbv;expert=2,recompute=full"),
         (8, "expert=2,fsdp=2,pipeline=2"),
     ):
         for verdict in prove(recipe, parse_layouts(layouts, workers), workers):

@@ -130,13 +130,13 @@ def test_search_range_that_reaches_values_the_field_refuses() -> None:
     assert error.field == "model.dropout"
 
 
-@pytest.mark.parametrize(("workers", "fsdp", "tensor", "pipeline"), [(3, 2, 1, 1), (6, 2, 2, 1), (2, 1, 1, 4)])
-def test_workers_must_be_a_multiple(workers: int, fsdp: int, tensor: int, pipeline: int) -> None:
-    error = refused({"parallelism": {"workers": workers, "fsdp": fsdp, "tensor": tensor, "pipeline": pipeline}})
+@pytest.mark.parametrize("axes", [(3, 2, 1, 1, 1), (6, 2, 1, 2, 1), (2, 1, 1, 1, 4), (6, 1, 4, 1, 1)])
+def test_workers_must_be_a_multiple(axes: tuple[int, ...]) -> None:
+    parallelism = dict(zip(("workers", "fsdp", "context", "tensor", "pipeline"), axes, strict=True))
+    error = refused({"parallelism": parallelism})
     assert error.field == "parallelism"
     proposed = int(str(error).split("use workers=")[1].split(")")[0].split(",")[0])
-    parallelism = {"workers": proposed, "fsdp": fsdp, "tensor": tensor, "pipeline": pipeline}
-    build(BASE | {"training": {"global_batch_size": 64}, "parallelism": parallelism})
+    build(BASE | {"training": {"global_batch_size": 64}, "parallelism": parallelism | {"workers": proposed}})
 
 
 def test_fewer_micro_batches_than_stages() -> None:

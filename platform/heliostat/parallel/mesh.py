@@ -14,8 +14,8 @@ from heliostat.recipe import Parallelism, Refused
 
 @dataclass(frozen=True)
 class Layout:
-    """Axes, outermost first: pipeline, replicate, fsdp, expert, tensor. Tensor peers are neighbours, since they talk
-    most."""
+    """Axes, outermost first: pipeline, replicate, fsdp, expert, context, tensor. Tensor peers are neighbours, since
+    they talk most."""
 
     device: torch.device
     mesh: DeviceMesh | None
@@ -23,16 +23,21 @@ class Layout:
     coordinate: Coordinate
     """This rank's share of every global batch."""
     sums_group: dist.ProcessGroup | None
-    """Ranks over which loss sums, weights and metrics add up to the global batch: batch × pipeline."""
+    """Ranks over which loss sums, weights and metrics add up to the global batch: batch × context × pipeline."""
     batch_group: dist.ProcessGroup | None
     """Ranks with different rows (and equal parameters or shards of them)."""
     shard_mesh: DeviceMesh | None = None
-    """What FSDP shards over, (shards) or (replicate, shards). To the parameters that all share, expert is one more axis
-    of fsdp."""
+    """What FSDP shards over, (shards) or (replicate, shards). To the parameters that all share, expert and context are
+    more axes of fsdp."""
     expert_shard_mesh: DeviceMesh | None = None
     """The same for the experts that this rank holds."""
     is_first: bool = True
     """Rank 0: the one that writes."""
+    context_group: dist.ProcessGroup | None = None
+    """Ranks with the same rows and other positions of them."""
+    context_rank: int = 0
+    data_group: dist.ProcessGroup | None = None
+    """Ranks over which gradients add up: batch × context."""
 
     @property
     def replicas(self) -> int:
@@ -51,13 +56,21 @@ def make_layout(parallelism: Parallelism) -> Layout:
         raise Refused("parallelism.workers", f"{parallelism.workers} workers, but {world} processes run")
     mesh = init_device_mesh(
         device.type,
-        (parallelism.pipeline, parallelism.replicate, parallelism.fsdp, parallelism.expert, parallelism.tensor),
-        mesh_dim_names=("pipeline", "replicate", "fsdp", "expert", "tensor"),
+        (
+            parallelism.pipeline,
+            parallelism.replicate,
+            parallelism.fsdp,
+            parallelism.expert,
+            parallelism.context,
+            parallelism.tensor,
+        ),
+        mesh_dim_names=("pipeline", "replicate", "fsdp", "expert", "context", "tensor"),
     )
-    shards = mesh["fsdp", "expert"]._flatten("shards")
-    replicated = parallelism.replicate > 1
     batch = mesh["replicate", "fsdp", "expert"]._flatten("batch")
-    sums = mesh["pipeline", "replicate", "fsdp", "expert"]._flatten("sums")
+    sums = mesh["pipeline", "replicate", "fsdp", "expert", "context"]._flatten("sums")
+    data = mesh["replicate", "fsdp", "expert", "context"]._flatten("data")
+    shards = mesh["fsdp", "expert", "context"]._flatten("shards")
+    replicated = parallelism.replicate > 1
     return Layout(
         device,
         mesh,
@@ -68,4 +81,7 @@ def make_layout(parallelism: Parallelism) -> Layout:
         shard_mesh=DeviceMesh._concatenate([mesh["replicate"], shards]) if replicated else shards,
         expert_shard_mesh=mesh["replicate", "fsdp"] if replicated else mesh["fsdp"],
         is_first=dist.get_rank() == 0,
+        context_group=mesh["context"].get_group(),
+        context_rank=mesh["context"].get_local_rank(),
+        data_group=data.get_group(),
     )

@@ -1,4 +1,5 @@
-"""From a model and a layout to what the training step runs, in a fixed order: pipeline split, tensor, FSDP."""
+"""From a model and a layout to what the training step runs, in a fixed order: context, pipeline split, tensor,
+FSDP."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from heliostat.models.load import blocks
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
+from heliostat.parallel.context import split_context
 from heliostat.parallel.experts import expert_modules, shard_experts
 from heliostat.parallel.mesh import Layout
 from heliostat.parallel.plans import PassThrough, Stage, split_stages, tensor_plan
@@ -58,7 +60,7 @@ class Parallel:
     """Replicated parameters that saw this tensor rank's heads only: the step sums their gradients over its peers."""
 
     def set_sync(self, sync: bool) -> None:
-        """Whether the next backward pass reduces gradients over the batch group."""
+        """Whether the next backward pass reduces gradients over the data axes."""
         if isinstance(self.runs, DistributedDataParallel):
             self.runs.require_backward_grad_sync = sync
         elif isinstance(self.runs, FSDPModule):
@@ -73,8 +75,8 @@ class Parallel:
 
     @property
     def gradient_divisor(self) -> int:
-        """DDP and FSDP average over the batch group; the step wants sums."""
-        return self.layout.replicas
+        """DDP and FSDP average over the data axes, context among them; the step wants sums."""
+        return self.layout.replicas * self.layout.parallelism.context
 
     def schedule(self, name: PipelineSchedule, num_micro_batches: int, loss_fn: Any) -> Any:
         """Without a loss: forward passes only."""
@@ -103,8 +105,14 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     if degrees.tensor > 1:  # the plan's refusals come before anything is changed
         plan, grad_sums = tensor_plan(model, degrees.tensor)
     experts = expert_modules(model, degrees.expert) if degrees.expert > 1 else {}
-    if experts and degrees.tensor > 1:
-        raise Refused("parallelism.expert", "experts are not split by tensor, too", "use tensor=1 or expert=1")
+    if experts and degrees.tensor * degrees.context > 1:
+        raise Refused(
+            "parallelism.expert",
+            "experts are not split by tensor or context, too",
+            "use tensor=1 and context=1, or expert=1",
+        )
+    if degrees.context > 1:
+        split_context(model, layout)
     runs: nn.Module = model
     parts: list[Stage] = []
     if degrees.pipeline > 1:
@@ -122,7 +130,7 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         shard_experts(list(experts.values()), mesh["expert"], mesh["tensor"])
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
     compile_blocks(block_list, recipe)
-    if degrees.shards > 1:
+    if degrees.shards > degrees.context:
         # Schedules of several stages gather and free whole stages, and a split backward pass looks for its weights
         # before any hook of FSDP could gather them.
         reshard = degrees.reshard_after_forward and len(parts) < 2
@@ -130,14 +138,15 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
             fully_shard(module, mesh=layout.expert_shard_mesh, reshard_after_forward=reshard)
         for block in block_list:
             fully_shard(block, mesh=layout.shard_mesh, reshard_after_forward=reshard)
-        for root in parts or [model]:
+        roots: list[nn.Module] = [*parts] or [model]
+        for root in roots:
             fully_shard(root, mesh=layout.shard_mesh, reshard_after_forward=False)
-    elif degrees.replicate > 1:
+    elif degrees.replicate * degrees.context > 1:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
             model,
             device_ids=ids,
-            process_group=mesh["replicate"].get_group(),
+            process_group=layout.data_group,
             gradient_as_bucket_view=True,
             broadcast_buffers=False,  # its successor would still send them at the start; ranks build them alike
         )

@@ -76,6 +76,9 @@ class Task:
     """A transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
     gathers_features: ClassVar[bool] = False
     """True: `loss` may communicate over the batch group (contrastive losses). Otherwise it never does."""
+    splits_sequences: ClassVar[bool] = False
+    """True: every tensor of a batch is (B, T), a row's `length` counts its positions, and `row_sums` of some of the
+    positions are these positions' share of the sums, so that context parallelism may split along T."""
     metric: ClassVar[str] = "loss"
     """What is compared between models: by early stopping, search and gate."""
     higher_is_better: ClassVar[bool] = False
@@ -195,7 +198,11 @@ def row_name(table: pa.Table, row: int, where: str) -> str:
     return table.column(ROW_NAME)[row].as_py() if ROW_NAME in table.column_names else f"row {row} of {where}"
 
 
-def pad_lists(column: pa.Array, fill: int, length: int | None = None, multiple: int = 8) -> Tensor:
+PADDING_MULTIPLE = 8
+"""Rows are padded to a multiple of so many tokens."""
+
+
+def pad_lists(column: pa.Array, fill: int, length: int | None = None, multiple: int = PADDING_MULTIPLE) -> Tensor:
     """A list column as a (B, T) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`)."""
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy()[offsets[0] : offsets[-1]]

@@ -19,6 +19,7 @@ IGNORED = -100
 
 class LanguageModel(Task):
     model_class = "AutoModelForCausalLM"
+    splits_sequences = True
     metric = "loss"
     higher_is_better = False
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -20,10 +21,11 @@ from heliostat.data.loader import Cursor, Loader, check_resume, open_split, subs
 from heliostat.data.prepare import Prepared, read_prepared
 from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model
+from heliostat.parallel.context import check_task, padded_length, split_batch
 from heliostat.parallel.mesh import Layout, make_layout
 from heliostat.parallel.parallelize import full_state, parallelize
 from heliostat.recipe import Recipe, Refused, write_atomically
-from heliostat.tasks import Task
+from heliostat.tasks import Rows, Task
 from heliostat.train import checkpoint
 from heliostat.train.ledger import Ledger
 from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
@@ -84,6 +86,7 @@ class Run:
         self.ledger = Ledger(run_dir / "ledger" if self.first else None)
         self.layout: Layout = make_layout(recipe.parallelism)
         self.task: Task = prepared.task(recipe)
+        check_task(self.task, recipe.parallelism.context)
         self.loader = self._loader()
         self.validation = self._validation()
         model = build_model(self.task)
@@ -122,12 +125,14 @@ class Run:
         )
         return Loader(table, 0, size, shuffle=False)
 
-    @property
-    def fixed_length(self) -> int | None:
-        """Pipelines send activations of one shape."""
-        if self.recipe.parallelism.pipeline == 1:
-            return None
-        return self.recipe.data.sequence_length
+    def _padded_length(self, rows: Rows) -> int | None:
+        """Pipelines send activations of one shape, context peers hold equal shares of a sequence; others leave the
+        length to the task."""
+        parallelism, length = self.recipe.parallelism, self.recipe.data.sequence_length
+        if parallelism.context > 1:
+            longest = length if parallelism.pipeline > 1 else int(np.max(rows.column("length").to_numpy(), initial=0))
+            return padded_length(longest, parallelism.context)
+        return length if parallelism.pipeline > 1 else None
 
     def _restore(self, resume: Path | None) -> None:
         found = checkpoint.newest(self.checkpoints)
@@ -200,16 +205,19 @@ class Run:
             self.recorder.step(step, result.figures() | {"lr": lr})
 
     def _batches(self, cursor: Cursor, train: bool) -> list[Any]:
-        loader = self.loader if train else self.validation
+        loader, parallelism = self.loader if train else self.validation, self.recipe.parallelism
         rows = loader.read(
-            cursor, self.layout.coordinate, self.recipe.training.micro_batch_size, fill=self.fixed_length is not None
+            cursor, self.layout.coordinate, self.recipe.training.micro_batch_size, fill=parallelism.pipeline > 1
         )
-        collated = [self.task.collate(item, train, cursor.epoch, self.fixed_length) for item in rows]
+        collated = [self.task.collate(item, train, cursor.epoch, self._padded_length(item)) for item in rows]
+        if parallelism.context > 1:
+            collated = [split_batch(batch, parallelism.context, self.layout.context_rank) for batch in collated]
         return [batch.to(self.layout.device) for batch in collated]
 
     def _seed(self) -> None:
         """Dropout is a function of (seed, step, share), not of history: resuming needs no generator state."""
-        seed = (self.recipe.seed * 1_000_003 + self.progress.step) * 4099 + self.layout.coordinate.index
+        share = self.layout.coordinate.index * self.recipe.parallelism.context + self.layout.context_rank
+        seed = (self.recipe.seed * 1_000_003 + self.progress.step) * 4099 + share
         # Not torch.manual_seed, which looks for every kind of device at each call.
         torch.default_generator.manual_seed(seed)
         if self.layout.device.type == "cuda":

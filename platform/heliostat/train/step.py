@@ -114,7 +114,7 @@ class TrainStep:
                 dist.all_reduce(local(parameter.grad), group=mesh["tensor"].get_group())
 
     def _scale_and_clip(self, weight: Tensor) -> Tensor:
-        """Gradients of the loss sum, averaged over the batch group, become gradients of the global mean; the norm
+        """Gradients of the loss sum, averaged over the data axes, become gradients of the global mean; the norm
         of the whole is clipped in the same pass."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = self.parallel.gradient_divisor / weight.clamp(min=1e-12)
