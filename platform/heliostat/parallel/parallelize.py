@@ -120,12 +120,11 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         runs = nn.ModuleList(parts)
         kept = set(model.modules())
         block_list = [block for block in block_list if block in kept]
+        experts = {name: module for name, module in experts.items() if module in kept}
     model.to(layout.device)
     if degrees.tensor > 1:
         present = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
         parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if "*" in k or k in present})
-    kept = set(model.modules())
-    experts = {name: module for name, module in experts.items() if module in kept}
     if experts:
         shard_experts(list(experts.values()), mesh["expert"], mesh["tensor"])
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []

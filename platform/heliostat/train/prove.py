@@ -32,7 +32,7 @@ from transformers.models.auto import modeling_auto
 from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import PREPARED_VERSION
 from heliostat.models.load import transformers_config
-from heliostat.recipe import SHARD_AXES, PipelineSchedule, Recipe, Refused, build, nearest
+from heliostat.recipe import SHARD_AXES, Parallelism, PipelineSchedule, Recipe, Refused, build, nearest
 from heliostat.train.loop import train
 
 STEPS = 10
@@ -193,7 +193,7 @@ def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, fo
     tree["parallelism"] |= axes | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
     tree["training"]["recompute"] = given.get("recompute", "none")
     if "micro_batches" in given:
-        rows = recipe.training.global_batch_size // (given["replicate"] * axes["fsdp"] * axes["expert"])
+        rows = recipe.training.global_batch_size // Parallelism(**axes, workers=workers).data_parallel
         tree["training"]["micro_batch_size"] = max(1, rows // given["micro_batches"])
     try:
         _run(build(tree), workers, folder, f"layout-{number}")
