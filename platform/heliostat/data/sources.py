@@ -64,9 +64,12 @@ def _files(spec: str, field: str) -> tuple[pa.fs.FileSystem, list[str]]:
         if spec.startswith("hf://"):
             filesystem, pattern = _hub(spec, field)
         elif "://" in spec:
-            base, _, _ = spec.partition("*")
-            filesystem, _ = pa.fs.FileSystem.from_uri(base.rsplit("/", 1)[0] if "*" in spec else spec)
-            pattern = spec.split("://", 1)[1].split("?")[0]
+            address, mark, options = spec.partition("?")
+            folder, star, name = address.partition("*")
+            folder, _, start = folder.rpartition("/") if star else (folder, "", "")
+            # Options, such as an endpoint of one's own, follow the address; pyarrow knows them and credentials.
+            filesystem, pattern = pa.fs.FileSystem.from_uri(f"{folder}{mark}{options}")
+            pattern += f"/{start}*{name}" if star else ""
         else:
             from pathlib import Path
 
