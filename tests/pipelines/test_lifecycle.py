@@ -3,17 +3,21 @@ changed is not done again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.pipelines.jobs import ROOT, Done, run, start
 from tests.recipes import tiny_bert
@@ -114,12 +118,42 @@ def test_deploy_serves_until_interrupted(weak_champion: Path) -> None:
         if line.startswith("serving "):
             break
     assert said[-1].startswith("serving "), "".join(said)[-3000:]
-    answer = httpx.post(f"http://127.0.0.1:{port}/predict", json={"inputs": [{"text": "sun salt"}]}, timeout=10)
-    assert answer.status_code == 200, answer.text
+    predict(f"http://127.0.0.1:{port}")
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr[-3000:]
     assert json.loads(stdout.strip().splitlines()[-1])["endpoint"].endswith(str(port))
+
+
+def predict(endpoint: str) -> dict[str, Any]:
+    answer = httpx.post(f"{endpoint}/predict", json={"inputs": [{"text": "sun salt"}]}, timeout=10)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def served_from_file(bundle: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """What the endpoint answers after `serve deploy` of the repository's file, with this bundle named in it."""
+    config = yaml.safe_load((ROOT / "serve" / "classifier.yaml").read_text())
+    config["http_options"]["port"] = free_port()
+    config["applications"][0]["args"] = {"bundle": bundle, "version": "from a file"}
+    file = folder / "classifier.yaml"
+    file.write_text(yaml.safe_dump(config))
+    serve = str(Path(sys.executable).with_name("serve"))
+    for arguments in (["shutdown", "-y"], ["deploy", str(file)]):
+        done = subprocess.run(
+            [serve, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    options, end = config["http_options"], time.monotonic() + 120
+    endpoint = f"http://{options['host']}:{options['port']}"
+    while time.monotonic() < end:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{endpoint}/healthz", timeout=5).status_code == 200:
+                break
+        time.sleep(0.5)
+    answer = predict(endpoint)
+    assert answer["version"] == "from a file"
+    return answer
 
 
 @pytest.mark.slow
@@ -132,6 +166,7 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "http://127.0.0.1:8265"}
     try:
         assert httpx.get(kept.answer["endpoint"] + "/healthz", timeout=10).status_code == 200
+        digest = predict(kept.answer["endpoint"])["bundle"]
         submitted = subprocess.run(
             [
                 ray,
@@ -155,6 +190,7 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
         result = json.loads((Path(storage) / "runs" / "submitted" / "result.json").read_text())
         assert result["status"] == "done"
         assert len(result["losses"]) == 4
+        assert served_from_file(kept.answer["bundle"], Path(storage), env)["bundle"] == digest
         # A job without an address is still on its own: the kept cluster is neither used nor in its way.
         ok(run("train", str(recipe_file), "--schedule.max-steps", "1", "--run-name", "beside"))
     finally:
