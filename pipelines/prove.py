@@ -21,14 +21,17 @@ def table(verdicts: list[Verdict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = Table("layout", "", "loss", "gradient norm", "peak MiB a rank", "bytes a step", title="Against one process")
+    columns = ("layout", "", "loss", "gradient norm", "routing", "peak MiB a rank", "bytes a step")
+    rows = Table(*columns, title="Against one process")
     for verdict in verdicts:
         if verdict.status == "refused":
-            rows.add_row(verdict.layout, "refused", "", "", "", verdict.reason)
+            rows.add_row(verdict.layout, "refused", "", "", "", "", verdict.reason)
             continue
         sent = ", ".join(f"{kind} {count}" for kind, count in verdict.bytes_by_collective.items())
         differences = (f"{verdict.loss_difference:.1e}", f"{verdict.grad_norm_difference:.1e}")
-        rows.add_row(verdict.layout, verdict.status, *differences, str(max(verdict.peak_bytes) >> 20), sent)
+        agreement = "" if verdict.routing_agreement is None else f"{verdict.routing_agreement:.2%}"
+        peak = str(max(verdict.peak_bytes) >> 20)
+        rows.add_row(verdict.layout, verdict.status, *differences, agreement, peak, sent)
     Console(stderr=True).print(rows)
 
 

@@ -37,6 +37,19 @@ def test_hybrids(name: str, tmp_path: Path) -> None:
             assert verdict.status == "equal", verdict
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_slices_of_every_expert(name: str, tmp_path: Path) -> None:
+    layouts = ";".join(
+        f"tensor=2,{beside}"
+        for beside in ("fsdp=2", "replicate=2", "context=2", "pipeline=2", "pipeline=2,schedule=zbv",
+                       "fsdp=2,recompute=full")
+    )  # fmt: skip
+    for verdict in prove(family(name, tmp_path), parse_layouts(layouts, 4), 4):
+        assert verdict.status == "equal", verdict
+        assert verdict.routing_agreement == 1.0
+
+
 def test_refused_by_name(tmp_path: Path) -> None:
     (verdict,) = prove(family("llama", tmp_path), parse_layouts("expert=2", 2), 2)
     assert verdict.status == "refused"

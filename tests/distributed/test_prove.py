@@ -9,9 +9,20 @@ import pytest
 import torch
 import transformers
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.models.load import transformers_config
-from heliostat.recipe import Model, Recipe, Refused
-from heliostat.train.prove import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, parse_layouts, proof_recipe, prove
+from heliostat.recipe import Model, Recipe, Refused, override
+from heliostat.train.prove import (
+    GRAD_NORM_TOLERANCE,
+    LOSS_TOLERANCE,
+    STEPS,
+    _run,
+    make_data,
+    parse_layouts,
+    proof_recipe,
+    prove,
+    routing_agreement,
+)
 from tests.pipelines.jobs import run
 
 TWO = "fsdp=2;tensor=2;pipeline=2,schedule=gpipe"
@@ -22,8 +33,6 @@ REFUSED = {
              "pipeline=2,schedule=gpipe": "GPT2LMHeadModel declares no pipeline plan"},
     "bert": {"pipeline=2,schedule=gpipe": "BertForSequenceClassification declares no pipeline plan"},
     "vit": {"pipeline=2,schedule=gpipe": "ViTForImageClassification declares no pipeline plan"},
-    "mixtral": {"tensor=2": "packed_colwise"},
-    "qwen3_moe": {"tensor=2": "packed_colwise"},
 }  # fmt: skip
 
 
@@ -50,6 +59,7 @@ def test_families_on_two_processes(name: str, tmp_path: Path) -> None:
         assert verdict.loss_difference <= LOSS_TOLERANCE
         assert verdict.grad_norm_difference is not None
         assert verdict.grad_norm_difference <= GRAD_NORM_TOLERANCE
+        assert verdict.routing_agreement == (1.0 if name in ("mixtral", "qwen3_moe") else None)
 
 
 @pytest.mark.slow
@@ -94,6 +104,23 @@ def test_a_difference_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert verdict.status == "different"
     assert verdict.loss_difference is not None
     assert 0 < verdict.loss_difference < 1e-6
+
+
+def test_routing_that_differs_is_said(tmp_path: Path) -> None:
+    """Of each token of the last step every layer's choices are counted once, and other weights choose otherwise."""
+    recipe = proof_recipe(family("mixtral", tmp_path), tmp_path / "storage")
+    make_data(tmp_path / "data")
+    for name, lr in (("one", 1e-3), ("other", 1e-2)):
+        _run(override(recipe, {"optimizer.lr": lr}), 1, tmp_path, name)
+    choices = json.loads((tmp_path / "one" / "rank-0.json").read_text())["routing"]
+    last = read_metrics(tmp_path / "one" / METRICS_FILE)[STEPS - 1]
+    tokens = last["weight"] + recipe.training.global_batch_size  # each row's last token has no label
+    layers, top_k = 4, 2
+    assert len(choices) == layers * top_k * tokens
+    assert routing_agreement(tmp_path / "one", tmp_path / "one") == 1.0
+    agreement = routing_agreement(tmp_path / "one", tmp_path / "other")
+    assert agreement is not None
+    assert 0.5 < agreement < 1.0
 
 
 def test_what_cannot_be_proven_is_refused(tmp_path: Path) -> None:

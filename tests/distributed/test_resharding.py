@@ -28,7 +28,15 @@ LAYOUTS = {
         "tensor=2,pipeline=2",
         "fsdp=2,tensor=2,pipeline=2",
     ),
-    "mixtral": ("expert=2", "expert=2,fsdp=2", "expert=2,pipeline=2", "expert=4"),
+    "mixtral": (
+        "expert=2",
+        "expert=2,fsdp=2",
+        "expert=2,pipeline=2",
+        "expert=4",
+        "tensor=2",
+        "fsdp=2,tensor=2",
+        "tensor=2,pipeline=2",
+    ),
 }
 CASES = [
     pytest.param(family, layout, marks=[] if layout in ("fsdp=2,tensor=2", "expert=2,fsdp=2") else pytest.mark.slow)

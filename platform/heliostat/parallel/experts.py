@@ -1,6 +1,6 @@
-"""Expert parallelism: each rank holds some of the experts of a mixture-of-experts model, and every token travels to
-the ranks of the experts it was routed to and back (all-to-all), by the plan that the model declares of itself
-(`base_model_ep_plan`)."""
+"""Mixtures of experts over ranks, by the plans that a model declares of itself. Expert parallelism
+(`base_model_ep_plan`): each rank holds some of the experts, and every token travels to the ranks of the experts it was
+routed to and back (all-to-all). Tensor parallelism (`base_model_tp_plan`): each rank holds a slice of every expert."""
 
 from __future__ import annotations
 
@@ -52,3 +52,15 @@ def shard_experts(modules: list[nn.Module], expert_mesh: DeviceMesh, tensor_mesh
         for name, _ in list(module.named_parameters(recurse=False)):
             shard.shard_param(module, name, expert_mesh)
         dispatch.install_forward(module, expert_mesh, tp_mesh=tensor_mesh, ep_implementation="all_to_all")
+
+
+def slice_experts(model: nn.Module, plan: dict[str, dict[str, str]], tensor_mesh: DeviceMesh) -> None:
+    """Keep this rank's slice of every expert, and sum outputs over tensor peers. `plan`: as of `tensor_plan`."""
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    from transformers.distributed.tensor_parallel import MoeExpertsParallel
+
+    for name, module in model.named_modules():
+        if (styles := plan.get(re.sub(r"\.\d+\.", ".*.", name))) is not None:
+            for parameter, style in styles.items():
+                ALL_PARALLEL_STYLES[style].shard_param(module, parameter, tensor_mesh)
+            MoeExpertsParallel().install_forward(module, tensor_mesh)

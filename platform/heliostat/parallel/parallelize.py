@@ -3,6 +3,8 @@ FSDP."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from heliostat.models.load import blocks
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.parallel.context import split_context
-from heliostat.parallel.experts import expert_modules, shard_experts
+from heliostat.parallel.experts import expert_modules, shard_experts, slice_experts
 from heliostat.parallel.mesh import Layout
 from heliostat.parallel.plans import PassThrough, Stage, split_stages, tensor_plan
 from heliostat.parallel.recompute import set_recompute
 from heliostat.recipe import PipelineSchedule, Recipe, Refused
+from heliostat.tasks import Batch
 
 SCHEDULES: dict[PipelineSchedule, Any] = {
     "gpipe": ScheduleGPipe,
@@ -38,6 +41,20 @@ SCHEDULES: dict[PipelineSchedule, Any] = {
     "zbv": ScheduleZBVZeroBubble,
 }
 FORWARD_ACTIONS = (UNSHARD, RECV_F, FORWARD, SEND_F, RESHARD)
+
+
+class NumberedStage(PipelineStage):
+    """Tells `on_forward` which micro-batch it begins to run, and None when it has. The pass that infers shapes is no
+    micro-batch."""
+
+    on_forward: Callable[[int | None], None]
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.on_forward(fwd_chunk_id)
+        try:
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        finally:
+            self.on_forward(None)
 
 
 @dataclass
@@ -50,7 +67,7 @@ class Parallel:
     """What a forward pass calls: the model or its DDP wrapper. Pipelines: the list of this rank's stages."""
     layout: Layout
     batch_norms: list[GlobalBatchNorm2d] = field(default_factory=list)
-    stages: dict[bool, list[PipelineStage]] = field(default_factory=dict)
+    stages: dict[bool, list[NumberedStage]] = field(default_factory=dict)
     """Pipelines only: this rank's stages, by whether they train. A schedule sets up its stages' buffers for backward
     passes or for none, so evaluation has stages of its own around the same modules."""
 
@@ -58,6 +75,8 @@ class Parallel:
     """Their gradients come from the tokens of all ranks that share the experts, so are averaged over fewer ranks."""
     tensor_grad_sums: set[str] = field(default_factory=set)
     """Replicated parameters that saw this tensor rank's heads only: the step sums their gradients over its peers."""
+    batch: Batch | None = None
+    """The micro-batch whose forward pass runs, for hooks in the model. None in a backward pass, recompute included."""
 
     def set_sync(self, sync: bool) -> None:
         """Whether the next backward pass reduces gradients over the data axes."""
@@ -103,7 +122,7 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         return Parallel(model, model, layout)
     grad_sums: set[str] = set()
     if degrees.tensor > 1:  # the plan's refusals come before anything is changed
-        plan, grad_sums = tensor_plan(model, degrees.tensor)
+        plan, expert_plan, grad_sums = tensor_plan(model, degrees.tensor)
     experts = expert_modules(model, degrees.expert) if degrees.expert > 1 else {}
     if experts and degrees.tensor * degrees.context > 1:
         raise Refused(
@@ -124,7 +143,9 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     model.to(layout.device)
     if degrees.tensor > 1:
         present = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
-        parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if "*" in k or k in present})
+        present |= {re.sub(r"\.\d+\.", ".*.", name) for name in present}  # a plan may name kinds of layers it lacks
+        parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if k in present})
+        slice_experts(model, expert_plan, mesh["tensor"])
     if experts:
         shard_experts(list(experts.values()), mesh["expert"], mesh["tensor"])
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
@@ -153,7 +174,7 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
     if parts:
         group = mesh["pipeline"].get_group()
         stages = {
-            train: [PipelineStage(part, part.index, part.count, layout.device, group=group) for part in parts]
+            train: [NumberedStage(part, part.index, part.count, layout.device, group=group) for part in parts]
             for train in (True, False)
         }
     of_experts = {f"{name}.{each}" for name, module in experts.items() for each, _ in module.named_parameters()}

@@ -32,6 +32,7 @@ class PipelineRunner:
         schedule = self._schedule(len(batches), train)
         for stage in stages:
             stage.has_backward = train
+            stage.on_forward = self._on_forward
             stage.clear_runtime_states()
         holds_first = any(stage.is_first for stage in stages)
         last = next((stage for stage in stages if stage.is_last), None)
@@ -53,6 +54,9 @@ class PipelineRunner:
             loss_fn = self._loss if train else None
             self._schedules[count, train] = self.parallel.schedule(self.name, count, loss_fn)
         return self._schedules[count, train]
+
+    def _on_forward(self, number: int | None) -> None:
+        self.parallel.batch = None if number is None else self._batches[number]
 
     def _loss(self, outputs: Tensor, number: Tensor) -> Tensor:
         sums = self.task.loss(outputs, self._batches[int(number)], train=True)

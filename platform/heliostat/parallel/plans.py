@@ -14,6 +14,10 @@ from heliostat.recipe import PipelineSchedule, Refused
 
 GRAD_SUM = "replicated_with_grad_allreduce"
 """transformers' name for replicated modules that see this rank's heads only: their gradients are summed."""
+EXPERTS = "moe_tp_experts"
+"""Its name for modules that hold a slice of every expert, and whose outputs are summed."""
+EXPERT_PARAMETERS = ("packed_colwise", "colwise", "rowwise")
+"""Its names for how the experts' parameters, stacked along their first axis, are sliced. Packed: gate and up in one."""
 
 
 TENSOR_PLANS = {
@@ -37,14 +41,15 @@ TENSOR_PLANS = {
 """By `model_type`, for families that declare none of their own."""
 
 
-def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], set[str]]:
-    """Module pattern → style, and the names of replicated parameters whose gradients tensor peers have to sum.
-    Refuses, by name, what the model cannot be split into."""
+def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], dict[str, dict[str, str]], set[str]]:
+    """Module pattern → style; pattern of modules of experts → parameter → transformers' name of its style; and the
+    names of replicated parameters whose gradients tensor peers have to sum. Refuses, by name, what the model cannot be
+    split into."""
     declared = getattr(model.config, "base_model_tp_plan", None) or TENSOR_PLANS.get(model.config.model_type)
     family = type(model).__name__
     if not declared:
         raise Refused("parallelism.tensor", f"{family} declares no tensor-parallel plan", "use tensor=1")
-    for field in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
+    for field in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size"):
         value = getattr(model.config, field, None)
         if value is not None and value % degree:
             raise Refused(
@@ -54,8 +59,15 @@ def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], set[
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
     summed = {f"{prefix}.{pattern}" for pattern, style in declared.items() if style == GRAD_SUM}
+    experts: dict[str, dict[str, str]] = {
+        f"{prefix}.{pattern}": {} for pattern, style in declared.items() if style == EXPERTS
+    }
     for pattern, style in declared.items():
-        if style == GRAD_SUM:
+        if style in (GRAD_SUM, EXPERTS):
+            continue
+        module, _, parameter = f"{prefix}.{pattern}".rpartition(".")
+        if module in experts and style in EXPERT_PARAMETERS:
+            experts[module][parameter] = style
             continue
         if style not in styles:
             raise Refused(
@@ -70,7 +82,7 @@ def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], set[
     partial = {
         name for name, _ in model.named_parameters() if re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0] in summed
     }
-    return plan, partial
+    return plan, experts, partial
 
 
 def pipeline_modules(model: Any) -> list[str]:

@@ -19,6 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
 
 from heliostat.recipe import Refused, write_atomically
 from heliostat.train.optim import MovingAverage
@@ -58,7 +61,9 @@ def save(
         path.mkdir(parents=True)
     _barrier()
     try:
-        dcp.save(_state(model, optimizer, average), checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.save(
+            _in_one_piece(_state(model, optimizer, average)), checkpoint_id=path, no_dist=not dist.is_initialized()
+        )
         if first:
             sizes = {file.name: file.stat().st_size for file in path.iterdir()}
             manifest = {"version": CHECKPOINT_VERSION, "step": step, "trainer": trainer, "files": sizes}
@@ -79,8 +84,10 @@ def load(
     """Read a checkpoint into the model (and optimizer), whatever layout wrote it.
 
     Collective: every rank must call it, in the same order."""
-    state = _state(model, optimizer, average)
+    own = _state(model, optimizer, average)
+    state = _in_one_piece(own)
     dcp.load(state, checkpoint_id=found.path, no_dist=not dist.is_initialized())
+    state = tree_map(_as_laid_out, state, own)
     set_state_dict(
         model,
         optimizer if optimizer is not None else [],
@@ -88,6 +95,36 @@ def load(
         optim_state_dict=state.get("optimizer", {}),
         options=OPTIONS,
     )
+    for name, tensor in own.get("average", {}).items():
+        if state["average"][name] is not tensor:
+            tensor.copy_(state["average"][name])
+
+
+def _in_one_piece(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as PyTorch's checkpoints can hold it: they take a local shard for one piece of the whole, and a slice
+    of packed matrices (gate and up) is two.
+
+    Collective: every rank must call it, in the same order."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        dims = [getattr(placement, "dim", None) for placement in value.placements]
+        # With another shard of the same dimension it says in which order the two were cut, which they do know.
+        placements = [
+            Shard(each.dim) if isinstance(each, _StridedShard) and dims.count(each.dim) == 1 else each
+            for each in value.placements
+        ]
+        return value if placements == list(value.placements) else value.redistribute(placements=placements)
+
+    return tree_map(convert, state)
+
+
+def _as_laid_out(value: Any, own: Any) -> Any:
+    """What was loaded, in the placements of what it is for."""
+    if value is own or not isinstance(value, DTensor):
+        return value
+    return value.redistribute(placements=own.placements)
 
 
 # Flat names, so that ranks with different parameters (pipeline stages) write one state.

@@ -267,7 +267,6 @@ class Run:
         patience = training.early_stopping_patience
         return bool(patience and progress.evaluations_without_gain >= patience)
 
-    @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         model = self.parallel.runs
         model.eval()
@@ -275,14 +274,7 @@ class Run:
         names: tuple[str, ...] = ()
         for number in range(self.validation.batches_per_epoch):
             batches = self._batches(Cursor(0, number), train=False)
-            with self.step.autocast():
-                if self.step.pipeline:
-                    micro = self.step.pipeline.run(batches, train=False)
-                else:
-                    micro = [
-                        self.task.loss(self.task.outputs(self.parallel.model, batch), batch, train=False)
-                        for batch in batches
-                    ]
+            micro = self.step.forward_only(batches)
             names = self._metric_names(micro)
             part, _ = self.step.global_sums(micro, False, names)
             sums = part if sums is None else sums + part

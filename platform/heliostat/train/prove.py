@@ -18,6 +18,7 @@ import traceback
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,10 +31,13 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from heliostat.curves import METRICS_FILE, read_metrics
-from heliostat.data.prepare import PREPARED_VERSION
+from heliostat.data.prepare import PREPARED_VERSION, read_prepared
 from heliostat.models.load import transformers_config
+from heliostat.parallel.context import positions
+from heliostat.parallel.parallelize import Parallel
+from heliostat.parallel.router_balance import chosen_experts, routers, valid_tokens
 from heliostat.recipe import SHARD_AXES, Parallelism, PipelineSchedule, Recipe, Refused, build, nearest
-from heliostat.train.loop import train
+from heliostat.train.loop import Run, prepare_process
 
 STEPS = 10
 LOSS_TOLERANCE = 1e-5
@@ -55,6 +59,9 @@ class Verdict:
     loss_difference: float | None = None
     """Worst relative difference of a step's loss."""
     grad_norm_difference: float | None = None
+    routing_agreement: float | None = None
+    """Of a mixture of experts: the fraction of the last step's (layer, token, expert) that the single process chose,
+    too."""
     peak_bytes: list[int] = field(default_factory=list)
     """Largest resident memory of each rank's process."""
     bytes_by_collective: dict[str, int] = field(default_factory=dict)
@@ -209,9 +216,20 @@ def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, fo
         for kind, count in rank["bytes_by_collective"].items():
             bytes_sent[kind] += count
     equal = loss <= LOSS_TOLERANCE and norm <= GRAD_NORM_TOLERANCE
-    return Verdict(
-        label, "equal" if equal else "different", loss, norm, [r["peak_bytes"] for r in ranks], dict(bytes_sent)
+    agreement = routing_agreement(folder / "one", folder / f"layout-{number}")
+    peaks = [rank["peak_bytes"] for rank in ranks]
+    return Verdict(label, "equal" if equal else "different", loss, norm, agreement, peaks, dict(bytes_sent))
+
+
+def routing_agreement(expected: Path, got: Path) -> float | None:
+    """The share of choices that two runs have in common; None where neither has experts."""
+    ours, theirs = (
+        {tuple(choice) for path in folder.glob("rank-*.json") for choice in json.loads(path.read_text())["routing"]}
+        for folder in (expected, got)
     )
+    # Tensor peers that disagree among themselves make more choices than one process.
+    most = max(len(ours), len(theirs))
+    return len(ours & theirs) / most if most else None
 
 
 def _figures(run_dir: Path) -> np.ndarray:
@@ -261,11 +279,18 @@ def _rank(rank: int, workers: int, recipe: dict[str, Any], folder: Path, run_dir
                 timeout=timedelta(seconds=120),
             )  # fmt: skip
         bytes_sent = _Bytes()
-        train(build(recipe), folder / "data", run_dir, should_stop=bytes_sent.at_each_step, write_bundle=False)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (run_dir / f"rank-{rank}.json").write_text(
-            json.dumps({"peak_bytes": peak, "bytes_by_collective": bytes_sent.by_collective})
-        )
+        built = build(recipe)
+        prepare_process(built)
+        data = read_prepared(folder / "data")
+        attempt = Run(built, data, run_dir, should_stop=bytes_sent.at_each_step, write_bundle=False)
+        routing = _Routing(attempt.parallel, bytes_sent)
+        attempt.train()
+        found = {
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "bytes_by_collective": bytes_sent.by_collective,
+            "routing": sorted(routing.chosen),
+        }
+        (run_dir / f"rank-{rank}.json").write_text(json.dumps(found))
     except Refused as error:
         _write_error(run_dir, rank, {"field": error.field, "reason": error.reason, "suggestion": error.suggestion})
     except Exception:  # noqa: BLE001 - the parent says it
@@ -310,6 +335,31 @@ class _Bytes:
                 tensors = shapes if shapes and isinstance(shapes[0], list) else [shapes]
                 total[kind] += sum(math.prod(shape) for shape in tensors) * FLOAT32_BYTES
         return dict(total)
+
+
+class _Routing:
+    """Which experts this rank's tokens went to in the last step: (layer, sample, position, expert)."""
+
+    def __init__(self, parallel: Parallel, steps: _Bytes) -> None:
+        self.parallel, self.steps = parallel, steps
+        self.chosen: set[tuple[str, int, int, int]] = set()
+        for name, (router, index) in routers(parallel.model).items():
+            router.register_forward_hook(partial(self._record, name, index))
+
+    def _record(self, name: str, index: int, router: Any, args: Any, output: Any) -> None:
+        batch, layout = self.parallel.batch, self.parallel.layout
+        if batch is None or not router.training or self.steps.step != STEPS:
+            return
+        outputs = output if isinstance(output, tuple) else (output,)
+        top_k = self.parallel.model.config.get_text_config().num_experts_per_tok  # type: ignore[union-attr, operator]
+        experts_NK = chosen_experts(outputs, index, top_k)
+        valid_Bt = valid_tokens(batch, layout, len(experts_NK))
+        length, degree = valid_Bt.shape[1], layout.parallelism.context
+        position_t = positions(length * degree, degree, layout.context_rank) if degree > 1 else torch.arange(length)
+        tokens = valid_Bt.nonzero().tolist()
+        for (row, column), experts in zip(tokens, experts_NK[valid_Bt.flatten()].tolist(), strict=True):
+            token = (name, int(batch.sample_ids[row]), int(position_t[column]))
+            self.chosen |= {(*token, expert) for expert in experts}
 
 
 FLOAT32_BYTES = 4

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from heliostat.parallel.parallelize import Parallel
 from heliostat.parallel.pipeline import PipelineRunner
+from heliostat.parallel.router_balance import router_balance
 from heliostat.recipe import Recipe
 from heliostat.tasks import Batch, LossSums, Task
 
@@ -25,13 +26,18 @@ class StepResult:
     """loss_sum, weight, stop requests, then the task's metrics by name."""
     grad_norm: Tensor
     metric_names: tuple[str, ...]
+    router_aux_loss: Tensor | None = None
 
     def figures(self) -> dict[str, float]:
-        """Means over the global batch, its weight, and the gradient's norm before clipping."""
+        """Means over the global batch, its weight, and the gradient's norm before clipping. The router's auxiliary
+        loss stands beside `loss`, which does not hold it, and without its coefficient."""
         loss_sum, weight, _, *metrics = self.sums.tolist()
         divisor = max(weight, 1e-12)
         means = {name: value / divisor for name, value in zip(self.metric_names, metrics, strict=True)}
-        return {"loss": loss_sum / divisor, "weight": weight, "grad_norm": float(self.grad_norm)} | means
+        own = {"loss": loss_sum / divisor, "weight": weight, "grad_norm": float(self.grad_norm)}
+        if self.router_aux_loss is not None:
+            own["router_aux_loss"] = float(self.router_aux_loss)
+        return own | means
 
     @property
     def stop_requested(self) -> bool:
@@ -43,6 +49,8 @@ class TrainStep:
         self.parallel, self.task, self.optimizer = parallel, task, optimizer
         self.clip_norm = recipe.optimizer.clip_norm
         self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stages else None
+        self.balance = router_balance(parallel)
+        self.router_aux_loss: Tensor | None = None
         self.bfloat16 = recipe.training.precision == "bfloat16"
         self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
         named = [(name, p) for name, p in parallel.model.named_parameters() if p.requires_grad]
@@ -55,6 +63,10 @@ class TrainStep:
 
     def __call__(self, batches: list[Batch], stop: bool = False) -> StepResult:
         """Collective: every rank must call it, with equally many micro-batches."""
+        if self.balance is not None:
+            self.balance.start()
+            if len(batches) > 1:
+                self._count_routing(batches)
         micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
         sums, names = self.global_sums(micro, stop, self.task.train_metrics)
         with torch.no_grad():
@@ -63,7 +75,7 @@ class TrainStep:
             grad_norm = self._scale_and_clip(sums[1])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(sums, grad_norm, names)
+        return StepResult(sums, grad_norm, names, self.router_aux_loss)
 
     def _plain(self, batches: list[Batch]) -> list[LossSums]:
         micro = []
@@ -72,7 +84,9 @@ class TrainStep:
             for norm in self.parallel.batch_norms:
                 norm.contributes = bool(batch.row_weight_B.any())
             with self.autocast():
-                sums = self.task.loss(self.task.outputs(self.parallel.runs, batch), batch, train=True)
+                sums = self.task.loss(self._outputs(self.parallel.runs, batch), batch, train=True)
+            if self.balance is not None and len(batches) == 1:
+                self.router_aux_loss = self.balance.finish(sums.weight)
             sums.loss_sum.backward()
             micro.append(LossSums(sums.loss_sum.detach(), sums.weight, sums.metric_sums))
         return micro
@@ -81,6 +95,32 @@ class TrainStep:
         assert self.pipeline is not None
         with self.autocast():
             return self.pipeline.run(batches, train=True)
+
+    def _outputs(self, model: Any, batch: Batch) -> Tensor:
+        self.parallel.batch = batch
+        outputs = self.task.outputs(model, batch)
+        self.parallel.batch = None
+        return outputs
+
+    @torch.no_grad()
+    def forward_only(self, batches: list[Batch]) -> list[LossSums]:
+        """The sums of each micro-batch without a backward pass, as evaluation has them; on the last pipeline stage.
+
+        Collective: every rank must call it, in the same order."""
+        with self.autocast():
+            if self.pipeline:
+                return self.pipeline.run(batches, train=False)
+            return [self.task.loss(self._outputs(self.parallel.model, batch), batch, train=False) for batch in batches]
+
+    def _count_routing(self, batches: list[Batch]) -> None:
+        """A forward pass of its own, with the dropout that training will see."""
+        assert self.balance is not None
+        device = self.parallel.layout.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            micro = self.forward_only(batches)
+        self.parallel.reshard()
+        weight = torch.zeros((), device=device)
+        self.router_aux_loss = self.balance.finish(sum((sums.weight for sums in micro), weight))
 
     def global_sums(self, micro: list[LossSums], stop: bool, names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
         """One all-reduce carries loss, weight, metrics and the wish to stop. Pipeline stages without one add zeros."""
