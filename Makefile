@@ -34,6 +34,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.train_overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.parallel_overhead
 	$(BIN)/python -m bench.launch_overhead
 	$(BIN)/python -m bench.serve_overhead
 
