@@ -94,6 +94,9 @@ class Data(Section):
     """Random shifts by up to an eighth of the image, and left-right flips."""
     pack: bool = True
     """Language models: fill rows with consecutive documents. False: one document a row, cut to length."""
+    isolate_documents: bool = False
+    """Packed documents see only themselves, and their positions start anew (block-diagonal attention). What a row cuts
+    off a document is a document of its own in the next."""
 
 
 class Optimizer(Section):

@@ -176,7 +176,7 @@ def _fingerprint(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]])
             data.label_column,
             data.image_column,
             data.sequence_length,
-            data.pack,
+            "isolated" if data.pack and data.isolate_documents else data.pack,
             data.validation_fraction,
             data.test_fraction,
         ],

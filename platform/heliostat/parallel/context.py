@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import and_masks, packed_sequence_mask_function, sdpa_mask
 
 from heliostat.parallel.mesh import Layout
 from heliostat.recipe import Refused
@@ -47,15 +47,18 @@ def padded_length(longest: int, degree: int) -> int:
 
 def split_batch(batch: Batch, degree: int, rank: int) -> Batch:
     """A rank's part of a batch whose tensors are (B, T): (B, t), each position with its number. The attention mask
-    stays whole, since keys come from everywhere."""
+    stays whole, since keys come from everywhere. Where a batch has positions of its own, which start anew with each
+    document, the mask holds the number of each position's document, from 1."""
     length = batch.inputs["input_ids"].shape[1]
     mine_T = positions(length, degree, rank)
     inputs = dict(batch.inputs)
     mask_BT = inputs.pop("attention_mask", None)
     if mask_BT is None:
         mask_BT = torch.ones_like(batch.inputs["input_ids"])
-    # Padding may lie beyond the last position that a model has an embedding for.
-    inputs["position_ids"] = torch.arange(length).expand_as(mask_BT).masked_fill(mask_BT == 0, 0)
+    if "position_ids" in inputs:
+        mask_BT = (inputs["position_ids"] == 0).cumsum(-1)
+    else:  # padding may lie beyond the last position that a model has an embedding for
+        inputs["position_ids"] = torch.arange(length).expand_as(mask_BT).masked_fill(mask_BT == 0, 0)
     return Batch(
         {name: tensor[:, mine_T] for name, tensor in inputs.items()} | {"attention_mask": mask_BT},
         {name: tensor[:, mine_T] for name, tensor in batch.targets.items()},
@@ -74,12 +77,19 @@ def check_task(task: Task, degree: int) -> None:
         )
 
 
-def split_context(model: Any, layout: Layout) -> None:
-    """Let a model's attention see the whole sequence through the layout's context group. Raises Refused, by name, for
-    a model that mixes positions in another way. The attention is registered for the process: it has one layout."""
+def split_context(model: Any, layout: Layout, isolate_documents: bool = False) -> None:
+    """Let a model's attention see the whole sequence through the layout's context group, or each document only itself.
+    Raises Refused, by name, for a model that mixes positions in another way. The attention is registered for the
+    process: it has one layout."""
     refuse(model)
     degree, rank, group = layout.parallelism.context, layout.context_rank, layout.context_group
     assert group is not None
+    documents_BT: Tensor | None = None
+
+    def remember_documents(base_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before transformers makes the attention mask boolean."""
+        nonlocal documents_BT
+        documents_BT = kwargs["attention_mask"]
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -110,6 +120,9 @@ def split_context(model: Any, layout: Layout) -> None:
             )
         by_rank = [positions(kv_length, degree, peer).to(device) for peer in range(degree)]
         mine, order = by_rank[rank], torch.cat(by_rank)
+        if isolate_documents:
+            assert documents_BT is not None
+            mask_function = and_masks(mask_function, packed_sequence_mask_function(documents_BT))
         mask_B1tT = sdpa_mask(
             batch_size,
             q_length,
@@ -127,6 +140,8 @@ def split_context(model: Any, layout: Layout) -> None:
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, mask)
     model.set_attn_implementation(ATTENTION)
+    if isolate_documents:
+        model.base_model.register_forward_pre_hook(remember_documents, with_kwargs=True)
     model.config.get_text_config().use_cache = False  # a cache would take this rank's keys for all
 
 

@@ -131,7 +131,7 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
             "use tensor=1 and context=1, or expert=1",
         )
     if degrees.context > 1:
-        split_context(model, layout)
+        split_context(model, layout, recipe.data.isolate_documents)
     runs: nn.Module = model
     parts: list[Stage] = []
     if degrees.pipeline > 1:

@@ -94,6 +94,10 @@ class Task:
     def check(self) -> None:
         """Raise Refused for a recipe that this task cannot run. Cheap: no data, no weights."""
 
+    def check_model(self, model: Any) -> None:
+        """Raise Refused for a model that cannot do what the recipe asks of this task. `model`: whole, on CPU, before it
+        is laid out."""
+
     # -- from source rows to prepared rows
 
     def required_columns(self) -> list[str]:

@@ -1,7 +1,11 @@
-"""The next token of a text."""
+"""The next token of a text.
+
+Shapes: B rows of a micro-batch, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -15,6 +19,8 @@ from heliostat.recipe import Refused
 from heliostat.tasks import Batch, Rows, Task, pad_lists, row_name
 
 IGNORED = -100
+DOCUMENTS = "document_lengths"
+"""A column of prepared rows whose documents are to be isolated: how many tokens each of them has."""
 
 
 class LanguageModel(Task):
@@ -33,37 +39,46 @@ class LanguageModel(Task):
         return [str(text).encode() for text in table.column(self.recipe.data.text_column).to_pylist()]
 
     def prepare(self, table: pa.Table, processor: Any, where: str = "") -> pa.Table:
-        """Documents end with the end-of-text token. Packed, a row is `sequence_length` consecutive tokens."""
+        """Documents end with the end-of-text token. Packed, a row is `sequence_length` consecutive tokens, with the
+        lengths of its documents where they are to be isolated."""
         texts = table.column(self.recipe.data.text_column).to_pylist()
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise Refused("data.text_column", f"{row_name(table, row, where)} holds {text!r}, not a text")
-        length, end = self.recipe.data.sequence_length, processor.eos_token_id
+        data, end = self.recipe.data, processor.eos_token_id
+        length = data.sequence_length
         documents = [[*ids, end] for ids in processor(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-        if self.recipe.data.pack:
+        if data.pack:
             stream = [token for ids in documents for token in ids]
             rows = [stream[start : start + length] for start in range(0, len(stream), length)]
         else:
             rows = [ids[:length] for ids in documents]
         # A row of one token predicts nothing.
         rows = [row for row in rows if len(row) > 1]
-        return pa.table(
-            {
-                "input_ids": pa.array(rows, pa.list_(pa.int32())),
-                "length": pa.array([len(row) for row in rows], pa.int32()),
-            }
-        )
+        columns = {
+            "input_ids": pa.array(rows, pa.list_(pa.int32())),
+            "length": pa.array([len(row) for row in rows], pa.int32()),
+        }
+        if data.pack and data.isolate_documents:
+            lengths = cut_lengths([len(ids) for ids in documents], length)[: len(rows)]
+            columns[DOCUMENTS] = pa.array(lengths, pa.list_(pa.int32()))
+        return pa.table(columns)
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
         ids_BT = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length)
         lengths = torch.from_numpy(rows.column("length").to_numpy().astype(np.int64))
         inside_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
-        # The label of position t is token t + 1; the last has none.
-        labels_BT = torch.full_like(ids_BT, IGNORED)
-        labels_BT[:, :-1] = ids_BT[:, 1:].masked_fill(~inside_BT[:, 1:], IGNORED)
-        inputs = {"input_ids": ids_BT}
-        if not bool(inside_BT.all()):
+        inputs, predicted_BT = {"input_ids": ids_BT}, inside_BT
+        if DOCUMENTS in rows.table.column_names:
+            # No mask: without one, transformers finds the documents in their positions. Each padded position is a
+            # document of its own, so that none sees nothing.
+            positions_BT = document_positions(rows.column("input_ids"), rows.column(DOCUMENTS), ids_BT.shape[1])
+            inputs["position_ids"], predicted_BT = positions_BT, positions_BT > 0
+        elif not bool(inside_BT.all()):
             inputs["attention_mask"] = inside_BT.long()
+        # The label of position t is token t + 1; a document's last has none.
+        labels_BT = torch.full_like(ids_BT, IGNORED)
+        labels_BT[:, :-1] = ids_BT[:, 1:].masked_fill(~predicted_BT[:, 1:], IGNORED)
         return Batch(inputs, {"labels": labels_BT}, torch.from_numpy(rows.row_weight_B), rows.sample_ids)
 
     def model_config(self) -> dict[str, Any]:
@@ -71,6 +86,23 @@ class LanguageModel(Task):
         if not self.recipe.model.name:
             tokens |= {key: self.facts[key] for key in ("vocab_size", "eos_token_id", "bos_token_id")}
         return tokens
+
+    def check_model(self, model: Any) -> None:
+        """A packed model must give a document what it gives it alone: tried on documents of one token."""
+        if not (self.recipe.data.pack and self.recipe.data.isolate_documents):
+            return
+        reason = ""
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            reason = "takes no position_ids"
+        elif not isolates_documents(model):
+            reason = "does not keep documents apart by their position_ids"
+        if reason:
+            raise Refused("data.isolate_documents", f"{type(model).__name__} {reason}", "set it false")
+
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        # With a cache, which models make by default, transformers takes a row for one document.
+        options = {"use_cache": False} if "position_ids" in batch.inputs else {}
+        return model(**batch.inputs, **options).logits
 
     def row_sums(self, outputs: Tensor, batch: Batch, train: bool) -> dict[str, Tensor]:
         labels_BT = batch.targets["labels"]
@@ -114,8 +146,44 @@ class LanguageModel(Task):
         vocabulary = self.facts["vocab_size"]
         counts = np.bincount(train.column("input_ids").combine_chunks().values.to_numpy(), minlength=vocabulary) + 1.0
         log_probability = np.log(counts / counts.sum())
-        rows = [np.asarray(ids[1:]) for ids in other.column("input_ids").to_pylist()]
+        rows = other.column("input_ids").to_pylist()
+        isolated = DOCUMENTS in other.column_names
+        documents = other.column(DOCUMENTS).to_pylist() if isolated else [[len(row)] for row in rows]
+        # A document's first token is not predicted.
+        rows = [np.delete(row, np.cumsum([0, *lengths[:-1]])) for row, lengths in zip(rows, documents, strict=True)]
         return {
             "loss": np.array([-log_probability[row].sum() for row in rows]),
             "weight": np.array([len(row) for row in rows], np.float64),
         }
+
+
+def cut_lengths(lengths: list[int], row_length: int) -> list[list[int]]:
+    """The lengths of the documents, or of their parts, in each row of `row_length` tokens that they fill."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    cuts = np.union1d(ends, np.arange(row_length, sum(lengths), row_length))
+    rows: list[list[int]] = [[] for _ in range(0, sum(lengths), row_length)]
+    for end, length in zip(cuts.tolist(), np.diff(cuts, prepend=0).tolist(), strict=True):
+        rows[(end - 1) // row_length].append(length)
+    return rows
+
+
+def document_positions(ids: pa.Array, documents: pa.Array, width: int) -> Tensor:
+    """The (B, `width`) position of each token in its document; 0 for padding. `ids`, `documents`: list columns of the
+    rows' tokens and of their documents' lengths."""
+    lengths = documents.flatten().to_numpy()
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    offsets = ids.offsets.to_numpy()
+    positions = pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), pa.array(np.arange(len(starts)) - starts))
+    return pad_lists(positions, 0, width)
+
+
+@torch.no_grad()
+def isolates_documents(model: Any) -> bool:
+    """Whether a token gets the same logits behind another document, behind its like, and at a row's start."""
+    training = model.training
+    model.eval()
+    ids_BT = torch.tensor([[0, 1], [1, 1]])
+    logits_BTV = model(input_ids=ids_BT, position_ids=torch.zeros_like(ids_BT), use_cache=False).logits
+    model.train(training)
+    alone_1V = logits_BTV[1, :1]
+    return torch.allclose(logits_BTV[:, 1], alone_1V.expand(2, -1), rtol=1e-4, atol=1e-5)

@@ -90,6 +90,7 @@ class Run:
         self.loader = self._loader()
         self.validation = self._validation()
         model = build_model(self.task)
+        self.task.check_model(model)
         new_parameters = model.new_parameters
         self.parallel = parallelize(model, self.layout, recipe)
         self.optimizer = build_optimizer(self.parallel.model, recipe, new_parameters)
