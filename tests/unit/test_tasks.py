@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from heliostat.recipe import Recipe, Refused, build
+from heliostat.models.load import transformers_config
+from heliostat.recipe import Model, Recipe, Refused, build
 from heliostat.tasks import Batch, Rows, get_task, pad_lists
 from heliostat.tasks.image_classification import augment
 
@@ -68,6 +69,13 @@ def test_accumulation_and_synchronised_batch_norm_exclude_each_other(
         task.check()
     assert caught.value.field == "training.micro_batch_size"
     assert "sync_batch_norm false" in caught.value.suggestion
+
+
+def test_fields_that_are_not_given_follow_from_those_that_are() -> None:
+    config = transformers_config(Model(config={"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}))
+    assert (config.head_dim, config.num_key_value_heads) == (16, 4)
+    with pytest.raises(Refused, match="no such field"):
+        transformers_config(Model(config={"model_type": "llama", "hidden": 64}))
 
 
 def test_unknown_tasks_are_refused() -> None:

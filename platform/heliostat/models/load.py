@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from heliostat.models.packaged import packaged_model
+from heliostat.models.weights import Weights
 from heliostat.recipe import Model, Refused
 
 if TYPE_CHECKING:
@@ -56,9 +57,12 @@ def transformers_config(model: Model, **fields: Any) -> transformers.PretrainedC
     unknown = [key for key in own if not hasattr(config, key)]
     if unknown:
         raise Refused(f"model.config.{unknown[0]}", f"{type(config).__name__} has no such field")
-    # Backbones derive these from `depths`; the defaults' would not fit another depth.
-    inherited = {k: v for k, v in config.to_dict().items() if k not in ("stage_names", "out_features", "out_indices")}
-    config = type(config).from_dict(inherited | own | fields)
+    if model.name:
+        # Backbones derive these from `depths`; the model's would not fit another depth.
+        derived = ("stage_names", "out_features", "out_indices")
+        own = {key: value for key, value in config.to_dict().items() if key not in derived} | own
+    # Without a name nothing is inherited: a default that follows from others (`head_dim`) must follow from these.
+    config = type(config).from_dict(own | fields)
     if model.dropout is not None:
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
@@ -76,38 +80,32 @@ def auto_class(task: Task) -> Any:
     return getattr(transformers, task.model_class)
 
 
-def build_model(task: Task) -> Any:
+def build_model(task: Task, defer: bool = False) -> Any:
     """The model on CPU in float32, pre-trained where the recipe says so; new parameters are drawn from the
-    recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held."""
+    recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held.
+
+    `defer`: a pre-trained model stays on meta, and `model.weights` will load it once it is laid out."""
     recipe = task.recipe
     config = transformers_config(recipe.model, **task.model_config())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        if recipe.model.name and recipe.model.pretrained:
-            level = transformers.logging.get_verbosity()
-            transformers.logging.set_verbosity_error()  # its table of missing heads says nothing new
-            try:
-                model, info = auto_class(task).from_pretrained(
-                    resolve(recipe.model.name),
-                    config=config,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-            except (OSError, RuntimeError, ValueError) as error:
-                raise Refused(
-                    "model.name", f"{recipe.model.name} cannot be loaded: {str(error).splitlines()[0]}"
-                ) from error
-            finally:
-                transformers.logging.set_verbosity(level)
-            mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-            model.new_parameters = set(info["missing_keys"]) | mismatched
-        else:
+    if recipe.model.name and recipe.model.pretrained:
+        with torch.device("meta"):
             model = auto_class(task).from_config(config, dtype=torch.float32)
-            model.new_parameters = set()
+        model.weights = Weights(resolve(recipe.model.name), model, recipe.seed)
+        if not defer:
+            load_weights(model, torch.device("cpu"))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = auto_class(task).from_config(config, dtype=torch.float32)
+        model.weights, model.new_parameters = None, set()
     freeze(model, recipe.model.freeze_layers)
     return model
+
+
+def load_weights(model: Any, device: torch.device) -> None:
+    """Give a deferred model its weights."""
+    model.new_parameters = model.weights.load_into(model, device)
+    model.weights = None
 
 
 def blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from heliostat.models.load import blocks
+from heliostat.models.load import blocks, load_weights
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.parallel.context import split_context
 from heliostat.parallel.experts import expert_modules, shard_experts, slice_experts
@@ -111,12 +111,17 @@ class Parallel:
         return schedule
 
 
-def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
-    """Collective: every rank must call it, in the same order."""
+def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
+    """A deferred model is loaded as soon as it is laid out: each rank reads its share.
+
+    Collective: every rank must call it, in the same order."""
     mesh, degrees = layout.mesh, layout.parallelism
     set_recompute(model, recipe)
     block_list = list(blocks(model)[1]) if recipe.training.compile or mesh is not None else []
+    deferred = getattr(model, "weights", None) is not None
     if mesh is None:
+        if deferred:
+            load_weights(model, layout.device)
         model.to(layout.device)
         compile_blocks(block_list, recipe)
         return Parallel(model, model, layout)
@@ -140,7 +145,8 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         kept = set(model.modules())
         block_list = [block for block in block_list if block in kept]
         experts = {name: module for name, module in experts.items() if module in kept}
-    model.to(layout.device)
+    if not deferred:
+        model.to(layout.device)
     if degrees.tensor > 1:
         present = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
         present |= {re.sub(r"\.\d+\.", ".*.", name) for name in present}  # a plan may name kinds of layers it lacks
@@ -161,7 +167,9 @@ def parallelize(model: nn.Module, layout: Layout, recipe: Recipe) -> Parallel:
         roots: list[nn.Module] = [*parts] or [model]
         for root in roots:
             fully_shard(root, mesh=layout.shard_mesh, reshard_after_forward=False)
-    elif degrees.replicate * degrees.context > 1:
+    if deferred:
+        load_weights(model, layout.device)
+    if degrees.shards == degrees.context and degrees.replicate * degrees.context > 1:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
             model,

@@ -89,11 +89,11 @@ class Run:
         check_task(self.task, recipe.parallelism.context)
         self.loader = self._loader()
         self.validation = self._validation()
-        model = build_model(self.task)
+        # A check of the model is a forward pass, which takes all of it.
+        model = build_model(self.task, defer=not recipe.data.isolate_documents)
         self.task.check_model(model)
-        new_parameters = model.new_parameters
         self.parallel = parallelize(model, self.layout, recipe)
-        self.optimizer = build_optimizer(self.parallel.model, recipe, new_parameters)
+        self.optimizer = build_optimizer(self.parallel.model, recipe, model.new_parameters)
         self.step = TrainStep(self.parallel, self.task, self.optimizer, recipe)
         self.average = (
             MovingAverage(self.parallel.model, recipe.training.ema_decay) if recipe.training.ema_decay else None

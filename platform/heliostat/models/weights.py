@@ -1,0 +1,108 @@
+"""Pre-trained weights straight into a model that may already be laid out over ranks: each rank reads, from safetensors
+files, its own shards of its own modules, so none ever holds the whole model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, set_param_for_module
+from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.modeling_utils import LoadStateDictConfig
+
+from heliostat.recipe import Refused
+
+FILE = "model.safetensors"
+INDEX = f"{FILE}.index.json"
+
+
+class Weights:
+    """The weights of a pre-trained model, not read yet."""
+
+    def __init__(self, source: str, model: Any, seed: int) -> None:
+        """`source`: a directory or hub id. `model`: on meta, not laid out. `seed` draws what the files lack. Raises
+        Refused where there are no files."""
+        self.source, self.seed = source, seed
+        self.files = weight_files(source)
+        # Both depend on classes and shapes that laying out changes.
+        self.conversions: list[Any] = get_model_conversion_mapping(model)
+        self.whole = copy.deepcopy(model)
+
+    def load_into(self, model: Any, device: torch.device) -> set[str]:
+        """Give the parameters and buffers of `model`, which are on meta, storage on `device`, in float32; returns the
+        names of the parameters that no file holds, which are drawn from the seed alike on every rank and layout.
+        Raises Refused for files that do not fit."""
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        expected = model.state_dict()
+        config = LoadStateDictConfig(
+            device_map={"": device}, dtype=torch.float32, weight_mapping=self.conversions, ignore_mismatched_sizes=True
+        )
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+            slices = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
+            misfits = {
+                name
+                for name, part in slices.items()
+                if name in expected and list(expected[name].shape) != part.get_shape()
+            }
+            for name in sorted(misfits):
+                if name.startswith(f"{model.base_model_prefix}."):
+                    shapes = f"{tuple(slices[name].get_shape())} there, {tuple(expected[name].shape)} here"
+                    raise Refused("model.config", f"{name} of {self.source} does not fit: {shapes}", "leave its sizes")
+            # A head for other classes is drawn anew.
+            fitting = {name: part for name, part in slices.items() if name not in misfits}
+            found, _ = convert_and_load_state_dict_in_model(model, fitting, config)
+        if wrong := [*found.error_msgs, *found.conversion_errors.values(), *map(str, found.mismatched_keys)]:
+            raise Refused("model.name", f"{self.source} does not fit {type(self.whole).__name__}: {wrong[0]}")
+        missing = found.missing_keys - model.all_tied_weights_keys.keys()
+        self._draw(model, missing, found, device)
+        model._move_missing_keys_from_meta_to_device(set(), config.device_map, None, None)  # buffers that no file holds
+        model._initialize_missing_keys(False)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return missing & {name for name, _ in model.named_parameters()}
+
+    def _draw(self, model: Any, names: set[str], found: Any, device: torch.device) -> None:
+        """Module by module, each from a seed of its own: what one rank skips changes nothing of the rest."""
+        no_quantizer: Any = None
+        by_module: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_module[name.rpartition(".")[0]].append(name)
+        for path, inside in by_module.items():
+            module = self.whole.get_submodule(path).to_empty(device="cpu", recurse=False)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {path}".encode()).digest()[:8]))
+                self.whole._init_weights(module)
+            for name in inside:
+                part: Any = self.whole.get_parameter_or_buffer(name).detach()
+                own = model.get_parameter_or_buffer(name)
+                if isinstance(own, DTensor):
+                    part = DtensorShardOperation(own).shard_tensor(part)
+                set_param_for_module(model, name, part.to(device), found, hf_quantizer=no_quantizer)
+
+
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a directory or hub id, which are fetched where they are not there."""
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=[FILE, INDEX, "model-*.safetensors"]))
+        except (OSError, ValueError) as error:
+            raise Refused("model.name", f"{source} cannot be fetched: {str(error).splitlines()[0]}") from error
+    if (folder / INDEX).is_file():
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    if not (folder / FILE).is_file():
+        raise Refused("model.name", f"{source} has no {FILE}", "save it with save_pretrained")
+    return [folder / FILE]
