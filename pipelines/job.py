@@ -19,7 +19,18 @@ from typing import Annotated, Any
 import tyro
 from pydantic import ValidationError
 
-from heliostat.recipe import Model, Recipe, Refused, build, field_paths, load, nearest, refusal, write_atomically
+from heliostat.recipe import (
+    Model,
+    Recipe,
+    Refused,
+    build,
+    field_paths,
+    load,
+    nearest,
+    refusal,
+    sections,
+    write_atomically,
+)
 from heliostat.tasks import load_object
 from pipelines.recipes import BUILT_IN
 
@@ -153,10 +164,7 @@ def _refusal(event: Any) -> Refused:
     )
     if found := re.match(r"\d+ validation errors? for (\w+)\n(?:([\w.]+)\n)?\s+(.*?) \[type=", message):
         section, leaf, message = found.groups()
-        prefix = next(
-            (name for name, info in Recipe.model_fields.items() if getattr(info.annotation, "__name__", "") == section),
-            "",
-        )
+        prefix = next((name for name, kind in sections(Recipe).items() if kind.__name__ == section), "")
         field = ".".join(part for part in (prefix, leaf) if part) or "recipe"
     return Refused(field, message.removeprefix("Value error, "), f"one of {', '.join(choices)}" if choices else "")
 

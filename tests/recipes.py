@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.recipe import Recipe, build, override
 
@@ -110,6 +113,17 @@ def tiny_bert(folder: Path, **overrides: Any) -> Recipe:
         }
     )
     return override(recipe, overrides)
+
+
+def lora_head(folder: Path, **overrides: Any) -> Recipe:
+    """`tiny_bert` with adapters and a new head over an encoder that is read from a folder."""
+    recipe = tiny_bert(folder)
+    config = recipe.model.config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).save_pretrained(folder / "base")
+    named = {"model.name": str(folder / "base"), "model.config": {}, "model.lora.rank": 4}
+    return override(recipe, named | overrides)
 
 
 def prepared(recipe: Recipe) -> Prepared:

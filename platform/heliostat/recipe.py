@@ -48,6 +48,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), trained in place of the model's own weights."""
+
+    rank: Count = 0
+    """0: off, the model's own weights are trained."""
+    alpha: PositiveFloat = 16.0
+    """What adapters give is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Of what adapters take in."""
+    targets: list[str] = []
+    """Linear modules of the blocks that get adapters, e.g. q_proj. Empty: all of them."""
+
+
 class Model(Section):
     name: str = ""
     """A hub id, a directory in Hugging Face format, a bundle, or `packaged:NAME`. Empty: built from `config`."""
@@ -65,6 +78,7 @@ class Model(Section):
     """What is kept of a longer text: its beginning, or its beginning and its end, half each."""
     freeze_layers: Count = 0
     """The embeddings and this many of the lowest blocks are not trained."""
+    lora: Lora = Lora()
     dropout: Fraction | None = None
     """Overrides every dropout rate of the configuration."""
     sync_batch_norm: bool = True
@@ -305,6 +319,12 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if not self.name or self.name != Path(self.name).name or self.name.startswith("."):
             raise ValueError(f"name={self.name!r} must be usable as a folder's name")
+        if self.model.lora.rank and self.model.freeze_layers:
+            raise Refused(
+                "model.freeze_layers",
+                "with adapters (model.lora.rank) the weights of all blocks are frozen",
+                "set one of the two to 0",
+            )
         parallel, training = self.parallelism, self.training
         rows = training.micro_batch_size * parallel.data_parallel
         if parallel.pipeline > 1 and training.global_batch_size < rows * parallel.pipeline:
@@ -406,6 +426,15 @@ def override(recipe: Recipe, values: dict[str, Any], check_tune: bool = True) ->
             node = node[part]
         node[leaf] = value
     return build(tree)
+
+
+def sections(section: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Dotted paths of the sections within one, at any depth."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found |= {f"{prefix}{name}": info.annotation} | sections(info.annotation, f"{prefix}{name}.")
+    return found
 
 
 def field_paths(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

@@ -33,6 +33,7 @@ SEARCHABLE = (
     "model.config",
     "model.dropout",
     "model.freeze_layers",
+    "model.lora.",
     "model.pretrained",
     "model.sync_batch_norm",
     "data.augment",

@@ -61,16 +61,26 @@ def write(
     data: dict[str, Any],
     metrics: dict[str, Any],
     lineage: dict[str, Any],
+    new_parameters: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> Bundle:
-    """Write a bundle beside, then rename it to `path`. `state`: the whole model's parameters and buffers."""
+    """Write a bundle beside, then rename it to `path`. `state`: the whole model's parameters and buffers; adapters
+    among them are merged into it, and written by themselves together with `new_parameters`."""
+    lora, adapted = task.recipe.model.lora, None
     config = transformers_config(task.recipe.model, **task.model_config())
     with torch.device("meta"):
         model = auto_class(task).from_config(config, dtype=torch.float32)
+        if lora.rank:
+            from heliostat.models.lora import FOLDER, add_adapters, save_adapter
+
+            adapted = add_adapters(model, lora, set())
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
+        if adapted is not None:
+            save_adapter(adapted, task.recipe.model.name, new_parameters, beside / FOLDER)
+            model = adapted.merge_and_unload()
         model.save_pretrained(beside)
         if processor is not None:
             processor.save_pretrained(beside)

@@ -81,23 +81,30 @@ def auto_class(task: Task) -> Any:
 
 
 def build_model(task: Task, defer: bool = False) -> Any:
-    """The model on CPU in float32, pre-trained where the recipe says so; new parameters are drawn from the
-    recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held.
+    """The model on CPU in float32, pre-trained where the recipe says so; new parameters and adapters are drawn from
+    the recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held.
 
-    `defer`: a pre-trained model stays on meta, and `model.weights` will load it once it is laid out."""
+    `defer`: a pre-trained model without adapters stays on meta, and `model.weights` will load it once it is laid
+    out."""
     recipe = task.recipe
     config = transformers_config(recipe.model, **task.model_config())
     if recipe.model.name and recipe.model.pretrained:
         with torch.device("meta"):
             model = auto_class(task).from_config(config, dtype=torch.float32)
         model.weights = Weights(resolve(recipe.model.name), model, recipe.seed)
-        if not defer:
+        if recipe.model.lora.rank or not defer:
             load_weights(model, torch.device("cpu"))
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = auto_class(task).from_config(config, dtype=torch.float32)
         model.weights, model.new_parameters = None, set()
+    if recipe.model.lora.rank:
+        from heliostat.models.lora import add_adapters
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            add_adapters(model, recipe.model.lora, model.new_parameters)
     freeze(model, recipe.model.freeze_layers)
     return model
 

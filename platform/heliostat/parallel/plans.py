@@ -58,6 +58,7 @@ def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], dict
     styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
+    adapted = {re.sub(r"\.\d+\.", ".*.", name) for name, module in model.named_modules() if hasattr(module, "lora_A")}
     summed = {f"{prefix}.{pattern}" for pattern, style in declared.items() if style == GRAD_SUM}
     experts: dict[str, dict[str, str]] = {
         f"{prefix}.{pattern}": {} for pattern, style in declared.items() if style == EXPERTS
@@ -73,7 +74,12 @@ def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], dict
             raise Refused(
                 "parallelism.tensor", f"{family} asks for the style {style!r}, which is not supported", "use tensor=1"
             )
-        plan[f"{prefix}.{pattern}"] = styles[style]
+        name = f"{prefix}.{pattern}"
+        if name in adapted:  # B is split as the columns of W are, A as its rows; the other one stays whole
+            factor = "lora_B" if style == "colwise" else "lora_A"
+            plan |= {f"{name}.{part}": styles[style] for part in ("base_layer", f"{factor}.*")}
+        else:
+            plan[name] = styles[style]
     head = model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if head is not None and not tied and head.weight.shape[0] % degree == 0:

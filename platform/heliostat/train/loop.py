@@ -93,7 +93,8 @@ class Run:
         model = build_model(self.task, defer=not recipe.data.isolate_documents)
         self.task.check_model(model)
         self.parallel = parallelize(model, self.layout, recipe)
-        self.optimizer = build_optimizer(self.parallel.model, recipe, model.new_parameters)
+        self.new_parameters: set[str] = model.new_parameters
+        self.optimizer = build_optimizer(self.parallel.model, recipe, self.new_parameters)
         self.step = TrainStep(self.parallel, self.task, self.optimizer, recipe)
         self.average = (
             MovingAverage(self.parallel.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
@@ -343,6 +344,7 @@ class Run:
                     data={"fingerprint": self.prepared.fingerprint, "folder": str(self.prepared.folder)},
                     metrics={f"validation.{self.task.metric}": self.progress.best},
                     lineage={"run": self.run_dir.name, "step": self.progress.best_step, **self.lineage},
+                    new_parameters=self.new_parameters,
                 )
                 outcome["bundle"] = str(written.path)
         if self.first:

@@ -133,7 +133,7 @@ def proof_task(config: transformers.PretrainedConfig) -> str:
 
 
 def proof_recipe(recipe: Recipe, storage: Path) -> Recipe:
-    """The fixed proof of a recipe's model: only its architecture is taken."""
+    """The fixed proof of a recipe's model: only its architecture and its adapters are taken."""
     base = transformers_config(recipe.model)
     own = {"model_type": base.model_type} | {
         key: value
@@ -143,7 +143,8 @@ def proof_recipe(recipe: Recipe, storage: Path) -> Recipe:
     }
     return build({
         "name": "proof", "task": proof_task(base), "storage": str(storage),
-        "model": {"config": own | shrink(base), "dropout": 0.0},
+        "model": {"config": own | shrink(base), "dropout": 0.0,
+                  "lora": recipe.model.lora.model_dump() | {"dropout": 0.0}},
         "data": {"train": "made here", "pack": False, "sequence_length": LENGTH},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0},
         "schedule": {"max_steps": STEPS},
