@@ -34,7 +34,7 @@ SIZES = {
     "17M": {
         "hidden_size": 384,
         "intermediate_size": 1024,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 8,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
     },

@@ -173,6 +173,12 @@ class Parallelism(Section):
     context: PositiveInt = 1
     """Workers that share each sequence: each holds some of its positions."""
     tensor: PositiveInt = 1
+    """Workers that share each block's matrices."""
+    sequence_parallel: bool = False
+    """Between these matrices, each tensor peer holds a share of the positions instead of a copy: less memory, the
+    same traffic."""
+    loss_parallel: bool = False
+    """The logits stay split over the vocabulary among tensor peers, and the loss is computed from their shares."""
     pipeline: PositiveInt = 1
     schedule: PipelineSchedule = "1f1b"
     """`interleaved` and `zbv` give each pipeline rank two stages; the others, one."""
@@ -201,6 +207,13 @@ class Parallelism(Section):
                 f"workers={self.workers} is not a multiple of {' × '.join(SHARD_AXES)} = {self.shards}; "
                 f"use workers={self.shards * max(1, round(self.workers / self.shards))}"
             )
+        for name in ("sequence_parallel", "loss_parallel"):
+            if getattr(self, name) and self.tensor == 1:
+                raise Refused(
+                    f"parallelism.{name}",
+                    "with tensor=1 there is no peer to share with",
+                    "set it false, or use tensor ≥ 2",
+                )
         return self
 
 
@@ -341,6 +354,12 @@ class Recipe(Section):
                 "training.compile",
                 "zbv runs the backward pass in two parts, and a compiled block has one",
                 "set it false, or use parallelism.schedule=interleaved",
+            )
+        if parallel.loss_parallel and training.label_smoothing:
+            raise Refused(
+                "training.label_smoothing",
+                "PyTorch computes no smoothed loss from logits that are split over the vocabulary",
+                "set it 0, or parallelism.loss_parallel false",
             )
         for path, spec in self.tune.space.items():
             values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]

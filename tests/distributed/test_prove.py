@@ -135,6 +135,7 @@ def test_mistakes_in_layouts_are_refused() -> None:
         ("fsdp=two", "number"),
         ("fsdp=3", "divide"),
         ("pipeline=2,schedule=interleave", "did you mean interleaved"),
+        ("tensor=2,loss_parallel=yes", "not true"),
         ("", "layout"),
     ):
         with pytest.raises(Refused, match=word):

@@ -3,6 +3,8 @@ whichever layout wrote it."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ LAYOUTS = {
         "fsdp=2,tensor=2",
         "tensor=2,pipeline=2",
         "fsdp=2,tensor=2,pipeline=2",
+        "tensor=2,sequence_parallel=true,loss_parallel=true",
     ),
     "lora": ("fsdp=2,tensor=2", "tensor=2", "pipeline=2", "tensor=2,pipeline=2"),
     "mixtral": (
@@ -99,10 +102,10 @@ def test_exactly_the_same_on_any_layout(
     trained: dict[str, tuple[Recipe, Path, Path]], family: str, layout: str, tmp_path: Path
 ) -> None:
     recipe, data, one = trained[family]
-    axes = {axis: int(degree) for axis, degree in (part.split("=") for part in layout.split(","))}
-    workers = torch.tensor(list(axes.values())).prod().item()
+    axes: dict[str, int] = {key: json.loads(value) for key, value in (part.split("=") for part in layout.split(","))}
+    workers = math.prod(axes.values())
     laid_out = override(recipe, {f"parallelism.{k}": v for k, v in (axes | {"workers": workers}).items()})
-    run(int(workers), load_and_save, laid_out, data, one / "checkpoints", tmp_path / "there")
+    run(workers, load_and_save, laid_out, data, one / "checkpoints", tmp_path / "there")
     run(1, load_and_save, recipe, data, tmp_path / "there" / "checkpoints", tmp_path / "back")
     before = whole(one / "checkpoints", tmp_path / "before.pt")
     assert any("exp_avg_sq" in name for name in before)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from heliostat.launch.tune import check_space, outcome, ranked, search_range, trial_recipe, trials_at_once
-from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Uniform
+from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Uniform, override
 from tests.recipes import tiny_bert
 
 LR = {"optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}}
@@ -58,6 +58,12 @@ def test_trial_recipe(recipe: Recipe) -> None:
     assert trial.training.evaluate_every_steps == 7
     assert trial.tune == recipe.tune
     assert trial.model == recipe.model
+
+
+def test_trials_split_no_model(recipe: Recipe) -> None:
+    split = {"parallelism.tensor": 2, "parallelism.sequence_parallel": True, "parallelism.loss_parallel": True}
+    trial = trial_recipe(override(recipe, split), {}, rows=50)
+    assert (trial.parallelism.shards, trial.parallelism.sequence_parallel) == (1, False)
 
 
 def test_trial_of_several_workers_shares_the_global_batch(recipe: Recipe) -> None:

@@ -110,6 +110,8 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
             "training.early_stopping_patience": 0,
             "checkpoint.every_steps": 1 << 30,
             **{f"parallelism.{axis}": 1 for axis in SHARD_AXES},
+            "parallelism.sequence_parallel": False,
+            "parallelism.loss_parallel": False,
             "parallelism.workers": workers,
         }
         | values,

@@ -39,9 +39,10 @@ def positions(length: int, degree: int, rank: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * degree - 1 - rank]])
 
 
-def padded_length(longest: int, degree: int) -> int:
-    """The length to which rows of at most `longest` positions are padded: each rank gets two chunks of it."""
-    multiple = math.lcm(PADDING_MULTIPLE, 2 * degree)
+def padded_length(longest: int, degree: int, tensor: int = 1) -> int:
+    """The length to which rows of at most `longest` positions are padded: each rank gets two chunks of it, which
+    `tensor` peers share evenly under sequence parallelism."""
+    multiple = math.lcm(PADDING_MULTIPLE, 2 * degree, degree * tensor)
     return -(-max(longest, 1) // multiple) * multiple
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +29,11 @@ from heliostat.models.load import blocks, load_weights
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.parallel.context import split_context
 from heliostat.parallel.experts import expert_modules, shard_experts, slice_experts
+from heliostat.parallel.loss import split_vocabulary
 from heliostat.parallel.mesh import Layout
 from heliostat.parallel.plans import PassThrough, Stage, split_stages, tensor_plan
 from heliostat.parallel.recompute import set_recompute
+from heliostat.parallel.sequence import split_positions
 from heliostat.recipe import PipelineSchedule, Recipe, Refused
 from heliostat.tasks import Batch
 
@@ -74,9 +77,14 @@ class Parallel:
     expert_parameters: set[str] = field(default_factory=set)
     """Their gradients come from the tokens of all ranks that share the experts, so are averaged over fewer ranks."""
     tensor_grad_sums: set[str] = field(default_factory=set)
-    """Replicated parameters that saw this tensor rank's heads only: the step sums their gradients over its peers."""
+    """Replicated parameters that saw this tensor rank's heads or positions only: the step sums their gradients over
+    its peers."""
     batch: Batch | None = None
     """The micro-batch whose forward pass runs, for hooks in the model. None in a backward pass, recompute included."""
+
+    def loss_context(self) -> AbstractContextManager[None]:
+        """Where losses and their gradients are computed."""
+        return split_vocabulary() if self.layout.parallelism.loss_parallel else nullcontext()
 
     def set_sync(self, sync: bool) -> None:
         """Whether the next backward pass reduces gradients over the data axes."""
@@ -127,7 +135,7 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
         return Parallel(model, model, layout)
     grad_sums: set[str] = set()
     if degrees.tensor > 1:  # the plan's refusals come before anything is changed
-        plan, expert_plan, grad_sums = tensor_plan(model, degrees.tensor)
+        plan, expert_plan, grad_sums = tensor_plan(model, degrees)
     experts = expert_modules(model, degrees.expert) if degrees.expert > 1 else {}
     if experts and degrees.tensor * degrees.context > 1:
         raise Refused(
@@ -145,6 +153,7 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
         kept = set(model.modules())
         block_list = [block for block in block_list if block in kept]
         experts = {name: module for name, module in experts.items() if module in kept}
+    roots: list[nn.Module] = [*parts] or [model]
     if not deferred:
         model.to(layout.device)
     if degrees.tensor > 1:
@@ -152,11 +161,18 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
         present |= {re.sub(r"\.\d+\.", ".*.", name) for name in present}  # a plan may name kinds of layers it lacks
         parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if k in present})
         slice_experts(model, expert_plan, mesh["tensor"])
+        if degrees.sequence_parallel:
+            for root in roots:
+                chain = [module for module in root.modules() if module in block_list]
+                split_positions(chain[0], chain[-1], mesh["tensor"])
     if experts:
         shard_experts(list(experts.values()), mesh["expert"], mesh["tensor"])
     batch_norms = globalise(model, layout.batch_group) if recipe.model.sync_batch_norm else []
     compile_blocks(block_list, recipe)
-    if degrees.shards > degrees.context:
+    # Ranks over which gradients add up. One alone needs no wrapper, which would copy for nothing.
+    peers = degrees.data_parallel * degrees.context
+    ddp = degrees.shards == degrees.context
+    if peers > 1 and not ddp:
         # Schedules of several stages gather and free whole stages, and a split backward pass looks for its weights
         # before any hook of FSDP could gather them.
         reshard = degrees.reshard_after_forward and len(parts) < 2
@@ -164,12 +180,11 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
             fully_shard(module, mesh=layout.expert_shard_mesh, reshard_after_forward=reshard)
         for block in block_list:
             fully_shard(block, mesh=layout.shard_mesh, reshard_after_forward=reshard)
-        roots: list[nn.Module] = [*parts] or [model]
         for root in roots:
             fully_shard(root, mesh=layout.shard_mesh, reshard_after_forward=False)
     if deferred:
         load_weights(model, layout.device)
-    if degrees.shards == degrees.context and degrees.replicate * degrees.context > 1:
+    if peers > 1 and ddp:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
             model,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heliostat.parallel.loss import loss_sums
 from heliostat.parallel.parallelize import Parallel
 from heliostat.recipe import PipelineSchedule
 from heliostat.tasks import Batch, LossSums, Task
@@ -45,7 +46,8 @@ class PipelineRunner:
             return []
         if not train:
             self._sums = [
-                self.task.loss(out, batch, train=False) for out, batch in zip(last.output_chunks, batches, strict=True)
+                loss_sums(self.task, out, batch, train=False)
+                for out, batch in zip(last.output_chunks, batches, strict=True)
             ]
         return self._sums[-len(batches) :]  # the first run infers the shapes of gradients with a loss of its own
 
@@ -59,6 +61,6 @@ class PipelineRunner:
         self.parallel.batch = None if number is None else self._batches[number]
 
     def _loss(self, outputs: Tensor, number: Tensor) -> Tensor:
-        sums = self.task.loss(outputs, self._batches[int(number)], train=True)
+        sums = loss_sums(self.task, outputs, self._batches[int(number)], train=True)
         self._sums.append(LossSums(sums.loss_sum.detach(), sums.weight, sums.metric_sums))
         return sums.loss_sum

@@ -10,7 +10,10 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from heliostat.recipe import PipelineSchedule, Refused
+from heliostat.models.load import blocks
+from heliostat.parallel.sequence import FIELD as SEQUENCE
+from heliostat.parallel.sequence import POSITIONS, GatherPositions
+from heliostat.recipe import Parallelism, PipelineSchedule, Refused
 
 GRAD_SUM = "replicated_with_grad_allreduce"
 """transformers' name for replicated modules that see this rank's heads only: their gradients are summed."""
@@ -41,10 +44,13 @@ TENSOR_PLANS = {
 """By `model_type`, for families that declare none of their own."""
 
 
-def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], dict[str, dict[str, str]], set[str]]:
+def tensor_plan(
+    model: Any, degrees: Parallelism
+) -> tuple[dict[str, ParallelStyle], dict[str, dict[str, str]], set[str]]:
     """Module pattern → style; pattern of modules of experts → parameter → transformers' name of its style; and the
     names of replicated parameters whose gradients tensor peers have to sum. Refuses, by name, what the model cannot be
     split into."""
+    degree, sequence = degrees.tensor, degrees.sequence_parallel
     declared = getattr(model.config, "base_model_tp_plan", None) or TENSOR_PLANS.get(model.config.model_type)
     family = type(model).__name__
     if not declared:
@@ -55,10 +61,14 @@ def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], dict
             raise Refused(
                 "parallelism.tensor", f"tensor={degree} does not divide {field}={value}", f"use a divisor of {value}"
             )
-    styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+    styles: dict[str, ParallelStyle] = {
+        "colwise": ColwiseParallel(),
+        "rowwise": RowwiseParallel(output_layouts=POSITIONS if sequence else Replicate()),
+    }
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
-    adapted = {re.sub(r"\.\d+\.", ".*.", name) for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    # Module pattern → the name that peft gave its one adapter.
+    adapted = {_pattern(name): next(iter(m.lora_A)) for name, m in model.named_modules() if hasattr(m, "lora_A")}
     summed = {f"{prefix}.{pattern}" for pattern, style in declared.items() if style == GRAD_SUM}
     experts: dict[str, dict[str, str]] = {
         f"{prefix}.{pattern}": {} for pattern, style in declared.items() if style == EXPERTS
@@ -77,18 +87,54 @@ def tensor_plan(model: Any, degree: int) -> tuple[dict[str, ParallelStyle], dict
         name = f"{prefix}.{pattern}"
         if name in adapted:  # B is split as the columns of W are, A as its rows; the other one stays whole
             factor = "lora_B" if style == "colwise" else "lora_A"
-            plan |= {f"{name}.{part}": styles[style] for part in ("base_layer", f"{factor}.*")}
+            plan |= {f"{name}.{part}": styles[style] for part in ("base_layer", f"{factor}.{adapted[name]}")}
         else:
             plan[name] = styles[style]
+    holders = {name: _pattern(name).rpartition(".")[0] for name, _ in model.named_parameters()}
+    partial = {name for name, holder in holders.items() if holder in summed}
+    if sequence and experts:
+        raise Refused(SEQUENCE, f"{family} sums what its experts give over all positions", "set it false")
+    if sequence:
+        block = f"{blocks(model)[0]}.*."
+        parents = {f"{prefix}.{pattern}".rpartition(".")[0] for pattern in declared if declared[pattern] == "colwise"}
+        for parent in sorted(parents):
+            whole = {
+                holder
+                for holder in holders.values()
+                if f"{holder}.".startswith(f"{parent}.") and holder not in plan and holder not in summed
+            }
+            if whole or not parent.startswith(block):
+                reason = f"does not split {min(whole)}" if whole else f"splits {parent}, which is no part of a block"
+                raise Refused(SEQUENCE, f"{family} {reason}", "set it false")
+        plan |= dict.fromkeys(parents, GatherPositions())
+        # All else in a block sees this rank's positions only.
+        partial |= {name for name, holder in holders.items() if holder.startswith(block) and holder not in plan}
     head = model.get_output_embeddings()
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    if head is not None and not tied and head.weight.shape[0] % degree == 0:
+    whole_head = _whole_head(model, head, degree)
+    if degrees.loss_parallel and whole_head:
+        raise Refused("parallelism.loss_parallel", f"{family} {whole_head}", "set it false")
+    if not whole_head:
         name = next(name for name, module in model.named_modules() if module is head)
-        plan[name] = ColwiseParallel(output_layouts=Replicate())
-    partial = {
-        name for name, _ in model.named_parameters() if re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0] in summed
-    }
+        plan[name] = (
+            ColwiseParallel(use_local_output=False)
+            if degrees.loss_parallel
+            else ColwiseParallel(output_layouts=Replicate())
+        )
     return plan, experts, partial
+
+
+def _whole_head(model: Any, head: Any, degree: int) -> str:
+    """Why the output embeddings are not split over the vocabulary; empty where they are."""
+    if head is None:
+        return "has no logits over a vocabulary"
+    if getattr(model.config, "tie_word_embeddings", False):
+        return "ties its embeddings, which are not split over the vocabulary"
+    size = head.weight.shape[0]
+    return f"has a vocabulary of {size}, which tensor={degree} does not divide" if size % degree else ""
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def pipeline_modules(model: Any) -> list[str]:

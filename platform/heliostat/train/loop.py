@@ -128,12 +128,14 @@ class Run:
         return Loader(table, 0, size, shuffle=False)
 
     def _padded_length(self, rows: Rows) -> int | None:
-        """Pipelines send activations of one shape, context peers hold equal shares of a sequence; others leave the
-        length to the task."""
+        """Pipelines send activations of one shape, context peers and, under sequence parallelism, tensor peers hold
+        equal shares of a sequence; others leave the length to the task."""
         parallelism, length = self.recipe.parallelism, self.recipe.data.sequence_length
-        if parallelism.context > 1:
+        if parallelism.context > 1 or parallelism.sequence_parallel:
             longest = length if parallelism.pipeline > 1 else int(np.max(rows.column("length").to_numpy(), initial=0))
-            return padded_length(longest, parallelism.context)
+            return padded_length(
+                longest, parallelism.context, parallelism.tensor if parallelism.sequence_parallel else 1
+            )
         return length if parallelism.pipeline > 1 else None
 
     def _restore(self, resume: Path | None) -> None:

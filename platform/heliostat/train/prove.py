@@ -46,7 +46,8 @@ LENGTH = 32
 VOCABULARY = 256
 IMAGE = [3, 16, 16]
 PROFILED_STEP = 3
-KEYS = ("replicate", *SHARD_AXES, "schedule", "micro_batches", "recompute")
+FLAGS = ("sequence_parallel", "loss_parallel")
+KEYS = ("replicate", *SHARD_AXES, "schedule", "micro_batches", "recompute", *FLAGS)
 WORDS = ("schedule", "recompute")
 """Keys whose values are no numbers."""
 
@@ -78,6 +79,11 @@ def parse_layouts(text: str, workers: int) -> list[tuple[str, dict[str, Any]]]:
             key, _, value = item.strip().partition("=")
             if key not in KEYS:
                 raise Refused("layouts", f"{key!r} in {part!r} is no axis of a layout", nearest(key, list(KEYS)))
+            if key in FLAGS:
+                if value != "true":
+                    raise Refused("layouts", f"{key}={value!r} in {part!r} is not true", "leave it out for false")
+                given[key] = True
+                continue
             if key not in WORDS and not value.isdecimal():
                 raise Refused("layouts", f"{key}={value!r} in {part!r} is not a number")
             if key == "schedule" and value not in (known := list(get_args(PipelineSchedule))):
@@ -198,7 +204,8 @@ def prove(source: Recipe, layouts: list[tuple[str, dict[str, Any]]], workers: in
 def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, folder: Path, number: int) -> Verdict:
     axes = {axis: given.get(axis, 1) for axis in SHARD_AXES}
     tree = recipe.model_dump(mode="json")
-    tree["parallelism"] |= axes | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
+    flags = {flag: given.get(flag, False) for flag in FLAGS}
+    tree["parallelism"] |= axes | flags | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
     tree["training"]["recompute"] = given.get("recompute", "none")
     if "micro_batches" in given:
         rows = recipe.training.global_batch_size // Parallelism(**axes, workers=workers).data_parallel
@@ -369,8 +376,10 @@ COLLECTIVES = {
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::allgather_": ("all_gather", 1),
     "c10d::_allgather_base_": ("all_gather", 1),
+    "c10d::allgather_into_tensor_coalesced_": ("all_gather", 1),
     "c10d::reduce_scatter_": ("reduce_scatter", 1),
     "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+    "c10d::reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
     "c10d::alltoall_": ("all_to_all", 1),
     "c10d::alltoall_base_": ("all_to_all", 1),
     "c10d::broadcast_": ("broadcast", 0),

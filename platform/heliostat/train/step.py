@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from heliostat.parallel.loss import loss_sums
 from heliostat.parallel.parallelize import Parallel
 from heliostat.parallel.pipeline import PipelineRunner
 from heliostat.parallel.router_balance import router_balance
@@ -83,17 +84,18 @@ class TrainStep:
             self.parallel.set_sync(index == len(batches) - 1)
             for norm in self.parallel.batch_norms:
                 norm.contributes = bool(batch.row_weight_B.any())
-            with self.autocast():
-                sums = self.task.loss(self._outputs(self.parallel.runs, batch), batch, train=True)
-            if self.balance is not None and len(batches) == 1:
-                self.router_aux_loss = self.balance.finish(sums.weight)
-            sums.loss_sum.backward()
+            with self.parallel.loss_context():
+                with self.autocast():
+                    sums = loss_sums(self.task, self._outputs(self.parallel.runs, batch), batch, train=True)
+                if self.balance is not None and len(batches) == 1:
+                    self.router_aux_loss = self.balance.finish(sums.weight)
+                sums.loss_sum.backward()
             micro.append(LossSums(sums.loss_sum.detach(), sums.weight, sums.metric_sums))
         return micro
 
     def _pipelined(self, batches: list[Batch]) -> list[LossSums]:
         assert self.pipeline is not None
-        with self.autocast():
+        with self.autocast(), self.parallel.loss_context():
             return self.pipeline.run(batches, train=True)
 
     def _outputs(self, model: Any, batch: Batch) -> Tensor:
@@ -107,10 +109,12 @@ class TrainStep:
         """The sums of each micro-batch without a backward pass, as evaluation has them; on the last pipeline stage.
 
         Collective: every rank must call it, in the same order."""
-        with self.autocast():
+        with self.autocast(), self.parallel.loss_context():
             if self.pipeline:
                 return self.pipeline.run(batches, train=False)
-            return [self.task.loss(self._outputs(self.parallel.model, batch), batch, train=False) for batch in batches]
+            return [
+                loss_sums(self.task, self._outputs(self.parallel.model, batch), batch, train=False) for batch in batches
+            ]
 
     def _count_routing(self, batches: list[Batch]) -> None:
         """A forward pass of its own, with the dropout that training will see."""
