@@ -91,6 +91,7 @@ def steps(recipe: Recipe, folder: Path, run_dir: Path) -> dict[str, Any]:
     ranks.parallel.runs.train()
     cursor = ranks.progress.cursor
     for _ in range(3):
+        ranks._seed()
         ranks.step(ranks._batches(cursor, train=True))
         cursor = ranks.loader.next(cursor)
     after = full_state(ranks.parallel)
@@ -105,10 +106,11 @@ def steps(recipe: Recipe, folder: Path, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def test_only_adapters_move_and_replicated_ones_stay_equal(tmp_path: Path) -> None:
-    recipe = tiny_llama(
-        tmp_path, **{"model.lora.rank": 4, "parallelism.workers": 2, "parallelism.tensor": 2, "optimizer.lr": 1e-2}
-    )
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_only_adapters_move_and_replicated_ones_stay_equal(dropout: float, tmp_path: Path) -> None:
+    """With dropout, tensor peers must drop the same of what they both hold."""
+    lora = {"model.lora.rank": 4, "model.lora.dropout": dropout}
+    recipe = tiny_llama(tmp_path, **lora, **{"parallelism.workers": 2, "parallelism.tensor": 2, "optimizer.lr": 1e-2})
     first, second = run(2, steps, recipe, prepared(recipe).folder, tmp_path / "run")
     assert len(first["after"]) > 2 * 7 * 3
     for name, tensor in first["after"].items():

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from heliostat.models import bundle
 from heliostat.models.load import build_model
-from heliostat.recipe import Recipe, Refused, override
+from heliostat.models.lora import add_adapters
+from heliostat.recipe import Lora, Recipe, Refused, override
 from heliostat.tasks import Batch
 from heliostat.train.loop import Run, train
 from tests.recipes import lora_head, prepared, tiny_bert, tiny_llama
@@ -167,6 +168,13 @@ def test_unknown_targets_are_refused(tmp_path: Path) -> None:
     assert (error.field, error.suggestion) == ("model.lora.targets", "did you mean v_proj?")
     error = refused(override(recipe, {"model.lora.targets": ["classifier"]}))
     assert error.suggestion == f"there are: {', '.join(LLAMA)}"
+
+
+def test_blocks_without_linear_modules_are_refused() -> None:
+    model = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
+    for targets in ([], ["q_proj"]):
+        with pytest.raises(Refused, match="ResNetModel have no linear modules"):
+            add_adapters(model, Lora(rank=2, targets=targets), set())
 
 
 def test_blocks_that_the_checkpoint_lacks_are_refused(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def target_modules(model: Any, targets: list[str]) -> list[str]:
     linear = [
         f"{prefix}.{name}" for name, module in block_list.named_modules() if isinstance(module, nn.Linear | Conv1D)
     ]
+    if not linear:
+        raise Refused("model.lora", f"the blocks of {type(model).__name__} have no linear modules", "set rank 0")
     known = sorted({name.rpartition(".")[2] for name in linear})
     for target in targets:
         if target not in known:
@@ -54,8 +56,6 @@ def target_modules(model: Any, targets: list[str]) -> list[str]:
                 f"the blocks of {type(model).__name__} have no linear module {target!r}",
                 nearest(target, known) or f"there are: {', '.join(known)}",
             )
-    if not linear:
-        raise Refused("model.lora", f"the blocks of {type(model).__name__} have no linear modules", "set rank 0")
     return [name for name in linear if not targets or name.rpartition(".")[2] in targets]
 
 
