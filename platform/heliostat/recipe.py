@@ -158,6 +158,8 @@ class Training(Section):
 
 SHARD_AXES = ("fsdp", "expert", "context", "tensor", "pipeline")
 """The axes that split a model; what they leave of the workers holds copies of it."""
+SHARD_OPTIONS = {"sequence_parallel": "tensor", "loss_parallel": "tensor", "cpu_offload": "fsdp"}
+"""Options that only have a meaning along an axis, and that axis."""
 
 
 class Parallelism(Section):
@@ -167,6 +169,9 @@ class Parallelism(Section):
     reshard_after_forward: bool = True
     """Free each block's gathered parameters after its forward pass and gather them again for the backward pass
     (ZeRO-3). False: keep them in between (ZeRO-2): more memory, less traffic."""
+    cpu_offload: bool = False
+    """FSDP keeps parameters, gradients and optimizer state in the CPU's memory, where the optimizer's step is made, and
+    brings a block's parameters to the GPU while it runs: less GPU memory, slower."""
     expert: PositiveInt = 1
     """Workers that share one copy of the experts of a mixture-of-experts model; its other parameters are sharded over
     fsdp × expert workers."""
@@ -207,12 +212,12 @@ class Parallelism(Section):
                 f"workers={self.workers} is not a multiple of {' × '.join(SHARD_AXES)} = {self.shards}; "
                 f"use workers={self.shards * max(1, round(self.workers / self.shards))}"
             )
-        for name in ("sequence_parallel", "loss_parallel"):
-            if getattr(self, name) and self.tensor == 1:
+        for name, axis in SHARD_OPTIONS.items():
+            if getattr(self, name) and getattr(self, axis) == 1:
                 raise Refused(
                     f"parallelism.{name}",
-                    "with tensor=1 there is no peer to share with",
-                    "set it false, or use tensor ≥ 2",
+                    f"with {axis}=1 there is no peer to share with",
+                    f"set it false, or use {axis} ≥ 2",
                 )
         return self
 

@@ -32,7 +32,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 24, "intermediate_size": 44, "num_attention_heads": 4, "vocab_size": 51},
 }  # fmt: skip
 LAYOUTS = {
-    "llama": ("", "replicate=2", "fsdp=4", "tensor=2", "fsdp=2,tensor=2", "replicate=2,fsdp=2", "pipeline=2,fsdp=2"),
+    "llama": (
+        "",
+        "replicate=2",
+        "fsdp=4",
+        "tensor=2",
+        "fsdp=2,tensor=2",
+        "replicate=2,fsdp=2",
+        "pipeline=2,fsdp=2",
+        "fsdp=2,cpu_offload=1",
+    ),
     "qwen3": ("fsdp=2", "tensor=2,replicate=2"),
     "mixtral": ("fsdp=2", "expert=2", "expert=2,fsdp=2", "tensor=2", "fsdp=2,tensor=2", "expert=2,pipeline=2"),
     "bert": ("replicate=2", "fsdp=2", "tensor=2"),

@@ -82,6 +82,19 @@ def test_recompute_changes_nothing(name: str, tmp_path: Path) -> None:
         assert verdict.status == "equal", verdict
 
 
+def test_offloading_changes_nothing(tmp_path: Path) -> None:
+    (verdict,) = prove(family("llama", tmp_path), parse_layouts("fsdp=2,cpu_offload=true", 2), 2)
+    assert verdict.status == "equal", verdict
+
+
+@pytest.mark.slow
+def test_offloading_beside_other_axes(tmp_path: Path) -> None:
+    beside = ("tensor=2", "pipeline=2", "replicate=2", "context=2", "tensor=2,sequence_parallel=true")
+    layouts = ";".join(f"fsdp=2,cpu_offload=true,{axis}" for axis in beside)
+    for verdict in prove(family("llama", tmp_path), parse_layouts(layouts, 4), 4):
+        assert verdict.status == "equal", verdict
+
+
 def test_bytes_are_those_of_the_closed_form(tmp_path: Path) -> None:
     """DDP hands every gradient to one all-reduce; a pipeline sends each micro-batch's hidden states forwards and their
     gradients back."""

@@ -12,7 +12,13 @@ from tests.recipes import tiny_llama
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
 KINDS = {
-    "llama": ("", "--parallelism.fsdp 4", "--parallelism.tensor 2", "--parallelism.pipeline 2 --parallelism.fsdp 2"),
+    "llama": (
+        "",
+        "--parallelism.fsdp 4",
+        "--parallelism.tensor 2",
+        "--parallelism.pipeline 2 --parallelism.fsdp 2",
+        "--parallelism.context 2 --parallelism.fsdp 2",
+    ),
     "mixtral": ("--parallelism.expert 2",),
 }
 

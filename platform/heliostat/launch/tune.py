@@ -12,6 +12,7 @@ from typing import Any
 
 from heliostat.recipe import (
     SHARD_AXES,
+    SHARD_OPTIONS,
     Choice,
     Integers,
     LogUniform,
@@ -110,8 +111,7 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
             "training.early_stopping_patience": 0,
             "checkpoint.every_steps": 1 << 30,
             **{f"parallelism.{axis}": 1 for axis in SHARD_AXES},
-            "parallelism.sequence_parallel": False,
-            "parallelism.loss_parallel": False,
+            **{f"parallelism.{option}": False for option in SHARD_OPTIONS},
             "parallelism.workers": workers,
         }
         | values,

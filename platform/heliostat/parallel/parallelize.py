@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -173,17 +173,13 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
     peers = degrees.data_parallel * degrees.context
     ddp = degrees.shards == degrees.context
     if peers > 1 and not ddp:
-        # Schedules of several stages gather and free whole stages, and a split backward pass looks for its weights
-        # before any hook of FSDP could gather them.
-        reshard = degrees.reshard_after_forward and len(parts) < 2
-        for module in experts.values():
-            fully_shard(module, mesh=layout.expert_shard_mesh, reshard_after_forward=reshard)
-        for block in block_list:
-            fully_shard(block, mesh=layout.shard_mesh, reshard_after_forward=reshard)
-        for root in roots:
-            fully_shard(root, mesh=layout.shard_mesh, reshard_after_forward=False)
+        shard(list(experts.values()), block_list, roots, layout)
     if deferred:
-        load_weights(model, layout.device)
+        load_weights(model, torch.device("cpu") if degrees.cpu_offload else layout.device)
+        for module in model.modules() if degrees.cpu_offload else ():
+            module._buffers |= {
+                name: each.to(layout.device) for name, each in module._buffers.items() if each is not None
+            }
     if peers > 1 and ddp:
         ids = [layout.device.index] if layout.device.type == "cuda" else None
         runs = DistributedDataParallel(
@@ -204,6 +200,23 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
     return Parallel(model, runs, layout, batch_norms, stages, of_experts, grad_sums)
 
 
+def shard(experts: list[nn.Module], block_list: list[nn.Module], roots: list[nn.Module], layout: Layout) -> None:
+    """FSDP of each module of experts, each block and each root, from the inside outwards."""
+    degrees = layout.parallelism
+    options: dict[str, Any] = {
+        # Schedules of several stages gather and free whole stages, and a split backward pass looks for its weights
+        # before any hook of FSDP could gather them.
+        "reshard_after_forward": degrees.reshard_after_forward and len(roots) < 2,
+        "offload_policy": CPUOffloadPolicy(layout.device.type == "cuda") if degrees.cpu_offload else OffloadPolicy(),
+    }
+    for module in experts:
+        fully_shard(module, mesh=layout.expert_shard_mesh, **options)
+    for block in block_list:
+        fully_shard(block, mesh=layout.shard_mesh, **options)
+    for root in roots:
+        fully_shard(root, mesh=layout.shard_mesh, **options | {"reshard_after_forward": False})
+
+
 def compile_blocks(block_list: list[nn.Module], recipe: Recipe) -> None:
     """Compile each block in place: one graph serves all of a kind."""
     if recipe.training.compile:
@@ -217,7 +230,9 @@ def full_state(parallel: Parallel) -> dict[str, torch.Tensor]:
     Collective: every rank must call it, in the same order."""
     layout, state = parallel.layout, {}
     for name, tensor in parallel.model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole: Any = tensor
+        if isinstance(tensor, DTensor):
+            whole = whole.to(layout.device).full_tensor()  # an offloaded shard is where its group does not talk
         state[name] = whole.detach().to("cpu", copy=True)
     if parallel.stages:
         parts: list[Any] = [None] * dist.get_world_size()

@@ -36,7 +36,7 @@ from heliostat.models.load import transformers_config
 from heliostat.parallel.context import positions
 from heliostat.parallel.parallelize import Parallel
 from heliostat.parallel.router_balance import chosen_experts, routers, valid_tokens
-from heliostat.recipe import SHARD_AXES, Parallelism, PipelineSchedule, Recipe, Refused, build, nearest
+from heliostat.recipe import SHARD_AXES, SHARD_OPTIONS, Parallelism, PipelineSchedule, Recipe, Refused, build, nearest
 from heliostat.train.loop import Run, prepare_process
 
 STEPS = 10
@@ -46,8 +46,7 @@ LENGTH = 32
 VOCABULARY = 256
 IMAGE = [3, 16, 16]
 PROFILED_STEP = 3
-FLAGS = ("sequence_parallel", "loss_parallel")
-KEYS = ("replicate", *SHARD_AXES, "schedule", "micro_batches", "recompute", *FLAGS)
+KEYS = ("replicate", *SHARD_AXES, "schedule", "micro_batches", "recompute", *SHARD_OPTIONS)
 WORDS = ("schedule", "recompute")
 """Keys whose values are no numbers."""
 
@@ -79,7 +78,7 @@ def parse_layouts(text: str, workers: int) -> list[tuple[str, dict[str, Any]]]:
             key, _, value = item.strip().partition("=")
             if key not in KEYS:
                 raise Refused("layouts", f"{key!r} in {part!r} is no axis of a layout", nearest(key, list(KEYS)))
-            if key in FLAGS:
+            if key in SHARD_OPTIONS:
                 if value != "true":
                     raise Refused("layouts", f"{key}={value!r} in {part!r} is not true", "leave it out for false")
                 given[key] = True
@@ -204,7 +203,7 @@ def prove(source: Recipe, layouts: list[tuple[str, dict[str, Any]]], workers: in
 def _verdict(recipe: Recipe, label: str, given: dict[str, Any], workers: int, folder: Path, number: int) -> Verdict:
     axes = {axis: given.get(axis, 1) for axis in SHARD_AXES}
     tree = recipe.model_dump(mode="json")
-    flags = {flag: given.get(flag, False) for flag in FLAGS}
+    flags = {flag: given.get(flag, False) for flag in SHARD_OPTIONS}
     tree["parallelism"] |= axes | flags | {"workers": workers, "schedule": given.get("schedule", "1f1b")}
     tree["training"]["recompute"] = given.get("recompute", "none")
     if "micro_batches" in given:

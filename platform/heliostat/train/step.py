@@ -155,7 +155,11 @@ class TrainStep:
         for parameter in self.tensor_grad_sums:
             assert mesh is not None
             if parameter.grad is not None:
-                dist.all_reduce(local(parameter.grad), group=mesh["tensor"].get_group())
+                grad = local(parameter.grad)
+                summed = grad.to(self.parallel.layout.device)  # from where it was offloaded to; else itself
+                dist.all_reduce(summed, group=mesh["tensor"].get_group())
+                if summed is not grad:
+                    grad.copy_(summed)
 
     def _scale_and_clip(self, weight: Tensor) -> Tensor:
         """Gradients of the loss sum, averaged over the data axes, become gradients of the global mean; the norm
@@ -166,7 +170,7 @@ class TrainStep:
         if self.clip_norm is not None:
             scale = scale * (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         # Local shards: multiplying them is elementwise, so no mesh enters.
-        torch._foreach_mul_([local(grad) for grad in grads], scale.float())
+        torch._foreach_mul_([local(grad) for grad in grads], scale.float().to(grads[0].device))
         return norm
 
     def _total_norm(self, grads: list[Tensor]) -> Tensor:
@@ -178,7 +182,8 @@ class TrainStep:
             key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
             by_mesh.setdefault(key, []).append(grad)
         for group in by_mesh.values():
-            partial = torch.stack(torch._foreach_norm([local(grad) for grad in group])).double().square().sum()
+            norms = torch.stack(torch._foreach_norm([local(grad) for grad in group]))
+            partial = norms.double().square().sum().to(square.device)
             one = group[0]
             if isinstance(one, DTensor):
                 for axis, placement in enumerate(one.placements):
