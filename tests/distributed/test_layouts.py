@@ -117,6 +117,30 @@ def test_resume_on_fewer_workers(reference: tuple[Recipe, Path, Path], tmp_path:
     assert [loss for loss, *_ in got] == pytest.approx([loss for loss, *_ in expected], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parallelism.fsdp": 2},
+        {"parallelism.tensor": 2, "parallelism.sequence_parallel": True, "parallelism.loss_parallel": True},
+        {"parallelism.pipeline": 2},
+    ],
+)
+def test_compiled_blocks(reference: tuple[Recipe, Path, Path], fields: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of several lengths, so that graphs are made anew."""
+    recipe, data, _ = reference
+    short = override(recipe, {"schedule.max_steps": 4})
+    run(1, train_here, short, data, tmp_path / "plain")
+    run(2, train_here, override(short, {"parallelism.workers": 2, "training.compile": True} | fields), data,
+        tmp_path / "run")  # fmt: skip
+    for (loss, norm, weight), (loss_, norm_, weight_) in zip(
+        figures(tmp_path / "plain"), figures(tmp_path / "run"), strict=True
+    ):
+        assert weight_ == weight
+        assert loss_ == pytest.approx(loss, rel=1e-5)
+        assert norm_ == pytest.approx(norm, rel=1e-4)
+
+
 def gathers(recipe: Recipe, folder: Path, run_dir: Path) -> int:
     """All-gathers of one training step."""
     ranks = Run(recipe, read_prepared(folder), run_dir)

@@ -219,9 +219,11 @@ def shard(experts: list[nn.Module], block_list: list[nn.Module], roots: list[nn.
 
 def compile_blocks(block_list: list[nn.Module], recipe: Recipe) -> None:
     """Compile each block in place: one graph serves all of a kind."""
+    # With split matrices and a length that varies, PyTorch 2.13's compiler recurses without end; a length apart works.
+    dynamic = False if recipe.parallelism.tensor > 1 else None
     if recipe.training.compile:
         for block in block_list:
-            block.compile()
+            block.compile(dynamic=dynamic)
 
 
 def full_state(parallel: Parallel) -> dict[str, torch.Tensor]:
