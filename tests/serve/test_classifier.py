@@ -20,6 +20,7 @@ from heliostat.recipe import Deploy, Refused
 from heliostat.train.loop import train
 from serve.classifier import application, build, deploy
 from tests import recipes
+from tests.ports import free_port
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
 INPUTS = [{"text": text} for text in TEXTS]
@@ -53,9 +54,7 @@ class Endpoint:
 def endpoint(ray_cluster: None, paths: list[Path]) -> Iterator[Endpoint]:
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = Deploy(port=port, max_inputs=8, max_body_bytes=20_000, max_replicas=1)
     yield Endpoint(deploy(paths[0], "1", settings, "tiny"), settings)
     serve.shutdown()

@@ -27,15 +27,10 @@ from heliostat.data.prepare import prepare
 from heliostat.data.sources import open_source
 from heliostat.launch.batch import run_on_ray
 from heliostat.recipe import Refused
+from tests.ports import free_port
 from tests.unit.test_prepare import recipe_for, rows_of, source_rows
 
 FILES = {f"train/part-{number}.parquet": source_rows(60, number) for number in range(5)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def until_it_answers(port: int, within_s: float = 60) -> None:

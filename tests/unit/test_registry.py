@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
 from heliostat.recipe import Recipe, Refused, override
 from heliostat.train.loop import train
+from tests.ports import free_port
 from tests.recipes import prepared, tiny_bert
 
 
@@ -115,9 +115,7 @@ def test_a_changed_bundle_is_refused(recipe: Recipe, first: Bundle, tmp_path: Pa
 
 
 def test_through_a_server(recipe: Recipe, first: Bundle, second: Bundle, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # Servers refuse places with links in them.
     link = tmp_path / "link"
     link.symlink_to(recipe.storage_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from heliostat import tracking
 from heliostat.curves import read_metrics
 from heliostat.recipe import Recipe, Refused, override
 from heliostat.train.loop import train
+from tests.ports import free_port
 from tests.recipes import prepared, tiny_bert
 
 
@@ -43,9 +43,7 @@ def mlflow(recipe: Recipe) -> MlflowClient:
 
 @pytest.fixture
 def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def copy_metrics(run_dir: Path, name: str) -> Path:
