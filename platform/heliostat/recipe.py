@@ -180,8 +180,8 @@ class Parallelism(Section):
     tensor: PositiveInt = 1
     """Workers that share each block's matrices."""
     sequence_parallel: bool = False
-    """Between these matrices, each tensor peer holds a share of the positions instead of a copy: less memory, the
-    same traffic."""
+    """Between these matrices, each tensor peer holds a share of the positions instead of a copy: less memory, and no
+    more traffic."""
     loss_parallel: bool = False
     """The logits stay split over the vocabulary among tensor peers, and the loss is computed from their shares."""
     pipeline: PositiveInt = 1

@@ -207,6 +207,13 @@ def test_models_are_refused_by_name(config: dict[str, Any], flag: str, words: st
     assert words in caught.value.reason
 
 
+def test_a_norm_of_heads_that_no_plan_names_is_refused() -> None:
+    """It would see its rank's heads only, and its copies would drift apart."""
+    with pytest.raises(Refused, match=r"does not split model\.layers\.\*\.self_attn\.k_layernorm") as caught:
+        tensor_plan(causal_lm("phi", qk_layernorm=True), Parallelism(workers=2, tensor=2))
+    assert caught.value.field == "parallelism.tensor"
+
+
 def test_classifiers_have_no_vocabulary(tmp_path: Path) -> None:
     (verdict,) = prove(family("bert", tmp_path), parse_layouts(LOSS, 2), 2)
     assert (verdict.status, verdict.reason) == (

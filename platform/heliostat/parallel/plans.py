@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -92,21 +93,23 @@ def tensor_plan(
             plan[name] = styles[style]
     holders = {name: _pattern(name).rpartition(".")[0] for name, _ in model.named_parameters()}
     partial = {name for name, holder in holders.items() if holder in summed}
+    block = f"{blocks(model)[0]}.*."
+    parents = _parents_of_split(model, declared)
+    for parent in parents:
+        # What is whole in there may see this rank's heads only, and nothing says so; adapters are known to be right.
+        known = plan.keys() | summed | (set() if sequence else _inside(adapted, holders))
+        whole = {holder for name, holder in holders.items() if name.startswith(f"{parent}.") and holder not in known}
+        if whole:
+            field = SEQUENCE if sequence else "parallelism.tensor"
+            raise Refused(
+                field, f"{family} does not split {min(whole)}", "set it false" if sequence else "use tensor=1"
+            )
+        if sequence and not _pattern(parent).startswith(block):
+            raise Refused(SEQUENCE, f"{family} splits {parent}, which is no part of a block", "set it false")
     if sequence and experts:
         raise Refused(SEQUENCE, f"{family} sums what its experts give over all positions", "set it false")
     if sequence:
-        block = f"{blocks(model)[0]}.*."
-        parents = {f"{prefix}.{pattern}".rpartition(".")[0] for pattern in declared if declared[pattern] == "colwise"}
-        for parent in sorted(parents):
-            whole = {
-                holder
-                for holder in holders.values()
-                if f"{holder}.".startswith(f"{parent}.") and holder not in plan and holder not in summed
-            }
-            if whole or not parent.startswith(block):
-                reason = f"does not split {min(whole)}" if whole else f"splits {parent}, which is no part of a block"
-                raise Refused(SEQUENCE, f"{family} {reason}", "set it false")
-        plan |= dict.fromkeys(parents, GatherPositions())
+        plan |= dict.fromkeys(map(_pattern, parents), GatherPositions())
         # All else in a block sees this rank's positions only.
         partial |= {name for name, holder in holders.items() if holder.startswith(block) and holder not in plan}
     head = model.get_output_embeddings()
@@ -121,6 +124,16 @@ def tensor_plan(
             else ColwiseParallel(output_layouts=Replicate())
         )
     return plan, experts, partial
+
+
+def _parents_of_split(model: Any, declared: dict[str, str]) -> list[str]:
+    """The names of the modules in which a batch first meets a split matrix."""
+    colwise = {f"{model.base_model_prefix}.{pattern}" for pattern, style in declared.items() if style == "colwise"}
+    return sorted({name.rpartition(".")[0] for name, _ in model.named_modules() if _pattern(name) in colwise})
+
+
+def _inside(modules: Iterable[str], holders: dict[str, str]) -> set[str]:
+    return {holder for holder in holders.values() if any(holder.startswith(f"{module}.") for module in modules)}
 
 
 def _whole_head(model: Any, head: Any, degree: int) -> str:
