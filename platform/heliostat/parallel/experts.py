@@ -4,12 +4,12 @@ routed to and back (all-to-all). Tensor parallelism (`base_model_tp_plan`): each
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from heliostat.parallel.plans import pattern_of
 from heliostat.recipe import Refused
 
 PARAMETERS, MODULES = "grouped_gemm", "ep_dispatch_experts"
@@ -28,7 +28,7 @@ def expert_modules(model: Any, degree: int) -> dict[str, nn.Module]:
                 "parallelism.expert", f"{family} asks for the style {style!r}, which is not supported", "use expert=1"
             )
     patterns = {f"{model.base_model_prefix}.{name}" for name, style in declared.items() if style == MODULES}
-    found = {name: module for name, module in model.named_modules() if re.sub(r"\.\d+\.", ".*.", name) in patterns}
+    found = {name: module for name, module in model.named_modules() if pattern_of(name) in patterns}
     if not found:
         raise Refused("parallelism.expert", f"this {family} has no layer of experts", "use expert=1")
     for module in found.values():
@@ -60,7 +60,7 @@ def slice_experts(model: nn.Module, plan: dict[str, dict[str, str]], tensor_mesh
     from transformers.distributed.tensor_parallel import MoeExpertsParallel
 
     for name, module in model.named_modules():
-        if (styles := plan.get(re.sub(r"\.\d+\.", ".*.", name))) is not None:
+        if (styles := plan.get(pattern_of(name))) is not None:
             for parameter, style in styles.items():
                 ALL_PARALLEL_STYLES[style].shard_param(module, parameter, tensor_mesh)
             MoeExpertsParallel().install_forward(module, tensor_mesh)

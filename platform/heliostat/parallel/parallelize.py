@@ -3,7 +3,6 @@ FSDP."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from heliostat.parallel.context import split_context
 from heliostat.parallel.experts import expert_modules, shard_experts, slice_experts
 from heliostat.parallel.loss import split_vocabulary
 from heliostat.parallel.mesh import Layout
-from heliostat.parallel.plans import PassThrough, Stage, split_stages, tensor_plan
+from heliostat.parallel.plans import PassThrough, Stage, pattern_of, split_stages, tensor_plan
 from heliostat.parallel.recompute import set_recompute
 from heliostat.parallel.sequence import split_positions
 from heliostat.recipe import PipelineSchedule, Recipe, Refused
@@ -158,7 +157,7 @@ def parallelize(model: Any, layout: Layout, recipe: Recipe) -> Parallel:
         model.to(layout.device)
     if degrees.tensor > 1:
         present = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
-        present |= {re.sub(r"\.\d+\.", ".*.", name) for name in present}  # a plan may name kinds of layers it lacks
+        present |= {pattern_of(name) for name in present}  # a plan may name kinds of layers it lacks
         parallelize_module(model, mesh["tensor"], {k: v for k, v in plan.items() if k in present})
         slice_experts(model, expert_plan, mesh["tensor"])
         if degrees.sequence_parallel:

@@ -69,7 +69,7 @@ def tensor_plan(
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
     # Module pattern → the name that peft gave its one adapter.
-    adapted = {_pattern(name): next(iter(m.lora_A)) for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    adapted = {pattern_of(name): next(iter(m.lora_A)) for name, m in model.named_modules() if hasattr(m, "lora_A")}
     summed = {f"{prefix}.{pattern}" for pattern, style in declared.items() if style == GRAD_SUM}
     experts: dict[str, dict[str, str]] = {
         f"{prefix}.{pattern}": {} for pattern, style in declared.items() if style == EXPERTS
@@ -91,7 +91,7 @@ def tensor_plan(
             plan |= {f"{name}.{part}": styles[style] for part in ("base_layer", f"{factor}.{adapted[name]}")}
         else:
             plan[name] = styles[style]
-    holders = {name: _pattern(name).rpartition(".")[0] for name, _ in model.named_parameters()}
+    holders = {name: pattern_of(name).rpartition(".")[0] for name, _ in model.named_parameters()}
     partial = {name for name, holder in holders.items() if holder in summed}
     block = f"{blocks(model)[0]}.*."
     parents = _parents_of_split(model, declared)
@@ -104,12 +104,12 @@ def tensor_plan(
             raise Refused(
                 field, f"{family} does not split {min(whole)}", "set it false" if sequence else "use tensor=1"
             )
-        if sequence and not _pattern(parent).startswith(block):
+        if sequence and not pattern_of(parent).startswith(block):
             raise Refused(SEQUENCE, f"{family} splits {parent}, which is no part of a block", "set it false")
     if sequence and experts:
         raise Refused(SEQUENCE, f"{family} sums what its experts give over all positions", "set it false")
     if sequence:
-        plan |= dict.fromkeys(map(_pattern, parents), GatherPositions())
+        plan |= dict.fromkeys(map(pattern_of, parents), GatherPositions())
         # All else in a block sees this rank's positions only.
         partial |= {name for name, holder in holders.items() if holder.startswith(block) and holder not in plan}
     head = model.get_output_embeddings()
@@ -129,7 +129,7 @@ def tensor_plan(
 def _parents_of_split(model: Any, declared: dict[str, str]) -> list[str]:
     """The names of the modules in which a batch first meets a split matrix."""
     colwise = {f"{model.base_model_prefix}.{pattern}" for pattern, style in declared.items() if style == "colwise"}
-    return sorted({name.rpartition(".")[0] for name, _ in model.named_modules() if _pattern(name) in colwise})
+    return sorted({name.rpartition(".")[0] for name, _ in model.named_modules() if pattern_of(name) in colwise})
 
 
 def _inside(modules: Iterable[str], holders: dict[str, str]) -> set[str]:
@@ -146,7 +146,8 @@ def _whole_head(model: Any, head: Any, degree: int) -> str:
     return f"has a vocabulary of {size}, which tensor={degree} does not divide" if size % degree else ""
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
+    """A module's name as plans write it: the same for every layer."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
