@@ -1,0 +1,281 @@
+"""The Recipe: one frozen tree that says everything about a run.
+
+Every default lives in its sections and nowhere else. A recipe is composed in Python (`pipelines/recipes`), overridden
+on the command line, saved as JSON beside every result, and loadable again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from heliostat.recipe.sections import (
+    SHARD_AXES as SHARD_AXES,
+)
+from heliostat.recipe.sections import (
+    SHARD_OPTIONS as SHARD_OPTIONS,
+)
+from heliostat.recipe.sections import (
+    Checkpoint as Checkpoint,
+)
+from heliostat.recipe.sections import (
+    Choice as Choice,
+)
+from heliostat.recipe.sections import (
+    Count as Count,
+)
+from heliostat.recipe.sections import (
+    Data as Data,
+)
+from heliostat.recipe.sections import (
+    Deploy as Deploy,
+)
+from heliostat.recipe.sections import (
+    Fraction as Fraction,
+)
+from heliostat.recipe.sections import (
+    Gate as Gate,
+)
+from heliostat.recipe.sections import (
+    Integers as Integers,
+)
+from heliostat.recipe.sections import (
+    LogUniform as LogUniform,
+)
+from heliostat.recipe.sections import (
+    Lora as Lora,
+)
+from heliostat.recipe.sections import (
+    Model as Model,
+)
+from heliostat.recipe.sections import (
+    Optimizer as Optimizer,
+)
+from heliostat.recipe.sections import (
+    Parallelism as Parallelism,
+)
+from heliostat.recipe.sections import (
+    PipelineSchedule as PipelineSchedule,
+)
+from heliostat.recipe.sections import (
+    Refused as Refused,
+)
+from heliostat.recipe.sections import (
+    Schedule as Schedule,
+)
+from heliostat.recipe.sections import (
+    SearchRange as SearchRange,
+)
+from heliostat.recipe.sections import (
+    Section as Section,
+)
+from heliostat.recipe.sections import (
+    Seed as Seed,
+)
+from heliostat.recipe.sections import (
+    Tracking as Tracking,
+)
+from heliostat.recipe.sections import (
+    Training as Training,
+)
+from heliostat.recipe.sections import (
+    Tune as Tune,
+)
+from heliostat.recipe.sections import (
+    Uniform as Uniform,
+)
+
+RECIPE_VERSION: Literal[1] = 1
+
+
+class Recipe(Section):
+    version: Literal[1] = RECIPE_VERSION
+    name: str
+    task: str
+    """`text_classification`, `image_classification`, `language_model`, or `module:Class` of your own."""
+    seed: Seed = 0
+    storage: str = "~/heliostat"
+    """Where data, runs, the registry and results live: a folder that every node sees."""
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    parallelism: Parallelism = Parallelism()
+    checkpoint: Checkpoint = Checkpoint()
+    tune: Tune = Tune()
+    gate: Gate = Gate()
+    deploy: Deploy = Deploy()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if not self.name or self.name != Path(self.name).name or self.name.startswith("."):
+            raise ValueError(f"name={self.name!r} must be usable as a folder's name")
+        if self.model.lora.rank and self.model.freeze_layers:
+            raise Refused(
+                "model.freeze_layers",
+                "with adapters (model.lora.rank) the weights of all blocks are frozen",
+                "set one of the two to 0",
+            )
+        parallel, training = self.parallelism, self.training
+        rows = training.micro_batch_size * parallel.data_parallel
+        if parallel.pipeline > 1 and training.global_batch_size < rows * parallel.pipeline:
+            raise Refused(
+                "training.global_batch_size",
+                f"{training.global_batch_size} rows are fewer micro-batches than pipeline stages "
+                f"({rows} rows a micro-batch over all workers, {parallel.pipeline} stages)",
+                f"use ≥ {rows * parallel.pipeline}, or a smaller training.micro_batch_size",
+            )
+        if parallel.pipeline > 1 and parallel.schedule == "interleaved":
+            self._check_rounds(rows)
+        if parallel.pipeline > 1 and parallel.schedule == "zbv" and training.compile:
+            raise Refused(
+                "training.compile",
+                "zbv runs the backward pass in two parts, and a compiled block has one",
+                "set it false, or use parallelism.schedule=interleaved",
+            )
+        if parallel.loss_parallel and training.label_smoothing:
+            raise Refused(
+                "training.label_smoothing",
+                "PyTorch computes no smoothed loss from logits that are split over the vocabulary",
+                "set it 0, or parallelism.loss_parallel false",
+            )
+        for path, spec in self.tune.space.items():
+            values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]
+            for value in values:
+                override(self, {path: value}, check_tune=False)
+        return self
+
+    def _check_rounds(self, rows: int) -> None:
+        """`rows`: those of one micro-batch over all workers. Interleaving goes through the stages in rounds of about
+        as many micro-batches as there are pipeline ranks, and of equally many."""
+        ranks, given = self.parallelism.pipeline, self.training.global_batch_size
+        count = -(-given // rows)
+        if count % max(1, count // ranks):
+            lower = count // ranks * ranks
+            raise Refused(
+                "training.global_batch_size",
+                f"{given} rows are {count} micro-batches ({rows} rows each over all workers), which "
+                f"{count // ranks} rounds of an interleaved pipeline over {ranks} ranks cannot share evenly",
+                f"use {rows * lower} or {rows * (lower + ranks)}",
+            )
+
+    @property
+    def storage_path(self) -> Path:
+        if "://" in self.storage and not self.storage.startswith("file://"):
+            raise Refused(
+                "storage",
+                f"{self.storage} is an object store, which runs cannot be written to yet",
+                "mount it, or use a folder that every node sees",
+            )
+        return Path(self.storage.removeprefix("file://")).expanduser().absolute()
+
+    def digest(self, *sections: str) -> str:
+        """A short hash of the named sections (or of all): equal exactly when they are equal."""
+        tree = self.model_dump(mode="json")
+        picked = {name: tree[name] for name in sections} if sections else tree
+        return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()[:12]
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe that was saved as JSON. Raises Refused with the field that is wrong."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused("recipe", f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise Refused("recipe", f"{path} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise Refused("recipe", f"{path} does not hold a JSON object")
+    version = tree.get("version", RECIPE_VERSION)
+    if isinstance(version, int | float) and version > RECIPE_VERSION:
+        raise Refused("version", f"{path} was written by a newer Heliostat", "upgrade this one")
+    return build(tree)
+
+
+def build(tree: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise refusal(error) from error
+
+
+def override(recipe: Recipe, values: dict[str, Any], check_tune: bool = True) -> Recipe:
+    """The recipe with fields replaced by dotted path: `override(r, {"optimizer.lr": 3e-4})`."""
+    tree = recipe.model_dump(mode="json")
+    if not check_tune:
+        tree["tune"]["space"] = {}
+    for path, value in values.items():
+        if path not in field_paths():
+            raise Refused(path, "no such field in a recipe", nearest(path))
+        *parents, leaf = path.split(".")
+        node = tree
+        for part in parents:
+            node = node[part]
+        node[leaf] = value
+    return build(tree)
+
+
+def sections(section: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Dotted paths of the sections within one, at any depth."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found |= {f"{prefix}{name}": info.annotation} | sections(info.annotation, f"{prefix}{name}.")
+    return found
+
+
+def field_paths(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted paths of all leaves, in order of declaration."""
+    return list(_walk(section, prefix))
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _walk(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def nearest(path: str, among: list[str] | None = None) -> str:
+    """`did you mean …` for a mistyped name, or an empty string."""
+    names = field_paths() if among is None else among
+    match = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+    if not match:  # the leaf's name alone: `--lr` for `--optimizer.lr`
+        match = [name for name in names if name.split(".")[-1] == path.split(".")[-1]][:1]
+    return f"did you mean {match[0]}?" if match else ""
+
+
+def refusal(error: ValidationError) -> Refused:
+    """The first mistake that pydantic found, in words."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "recipe"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, Refused):
+        return cause
+    if first["type"] == "extra_forbidden":
+        return Refused(field, "no such field in a recipe", nearest(field))
+    reason = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    if isinstance(given, str | int | float | bool):
+        reason += f", got {given!r}"
+    return Refused(field, reason)
