@@ -56,7 +56,9 @@ class Options:
     layouts: str = ""
     """prove: `fsdp=2,tensor=2;pipeline=2,schedule=gpipe` …"""
     workers: int = 2
-    """prove: processes of each layout; what a layout does not take is filled up by replication."""
+    """prove, drill: processes of each layout (or run); what a layout does not take is filled up by replication."""
+    faults: str = ""
+    """drill: any of `kill,hang,nan,disk_full,truncate`. Empty: all of them."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ class Recorder:
             return
         self.last_step = max((record["step"] for record in read_metrics(path)), default=0)
         self.stream = path.open("a", encoding="utf-8")
-        self._flushed = time.monotonic()
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         if not self.active:
             return
-        self._write({"step": step, **figures})
-        if time.monotonic() - self._flushed > 1.0:
-            self.flush()
+        # JSON has no name for what is not finite.
+        self._write({"step": step, **{name: x if math.isfinite(x) else None for name, x in figures.items()}})
+        self.flush()  # a process that is killed now has lost no step's figures
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         if self.active:
@@ -41,7 +41,6 @@ class Recorder:
     def flush(self) -> None:
         if self.active:
             self.stream.flush()
-            self._flushed = time.monotonic()
 
     def close(self) -> None:
         if self.active:

@@ -226,7 +226,7 @@ def _points(record: dict[str, Any]) -> Iterator[tuple[str, float, int, int]]:
     """A record's figures: name, value, milliseconds, step. MLflow groups charts by the part before `/`."""
     validation = "validation" in record
     for name, value in (record["validation"] if validation else record).items():
-        if validation or name not in ("step", "time"):
+        if value is not None and (validation or name not in ("step", "time")):
             key = _key(f"{'validation' if validation else 'train'}/{name}")
             yield key, float(value), _milliseconds(record["time"]), record["step"]
 

@@ -39,17 +39,18 @@ KEPT_MARK = "kept_by_heliostat"
 def check_placement(recipe: Recipe, cpus: float, gpus: float, where: str) -> None:
     """Refuse what could never be placed."""
     parallelism = recipe.parallelism
-    needed = parallelism.workers * parallelism.cpus_per_worker
-    if parallelism.use_gpu and parallelism.workers > gpus:
+    workers = parallelism.min_workers or parallelism.workers
+    needed = workers * parallelism.cpus_per_worker
+    if parallelism.use_gpu and workers > gpus:
         raise Refused(
             "parallelism.use_gpu",
-            f"{parallelism.workers} GPUs are asked for, {where} has {gpus:g}",
+            f"{workers} GPUs are asked for, {where} has {gpus:g}",
             "set parallelism.use_gpu false, or fewer workers",
         )
     if needed > cpus:
         raise Refused(
             "parallelism.workers",
-            f"{parallelism.workers} workers need {needed:g} CPUs, {where} has {cpus:g}",
+            f"{workers} workers need {needed:g} CPUs, {where} has {cpus:g}",
             f"use ≤ {int(cpus // parallelism.cpus_per_worker)} workers",
         )
 

@@ -10,21 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_metrics
-from heliostat.recipe import Recipe, Refused, build, write_atomically
+from heliostat.recipe import Recipe, Refused, build, override, write_atomically
 from heliostat.train import ledger
-from heliostat.train.loop import OUTCOME_FILE, STOP_FILE, DiskFull, train
+from heliostat.train.errors import Unrecoverable
+from heliostat.train.faults import Fault
+from heliostat.train.guard import read_bad_steps
+from heliostat.train.loop import LEDGER, OUTCOME_FILE, STOP_FILE, train
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C; `ray job stop`, and machines that are taken away."""
+GROW_EVERY_S = 30.0
+"""How often an elastic run looks whether it may have more workers."""
 
 
 def _worker(config: dict[str, Any]) -> None:
     """On each worker. What would fail again is written down instead of raised, so that it is not tried again."""
+    import ray.train
+
     run_dir = Path(config["run_dir"])
+    # As many as there are now: an elastic run is not always given all it may have.
+    workers = ray.train.get_context().get_world_size()
     try:
         train(
-            build(config["recipe"]),
+            override(build(config["recipe"]), {"parallelism.workers": workers, "parallelism.min_workers": None}),
             Path(config["prepared"]),
             run_dir,
             resume=Path(config["resume"]) if config["resume"] else None,
             lineage=config["lineage"],
+            watch=True,
+            fault=config["fault"],
         )
     except Refused as error:
         write_atomically(
@@ -33,7 +47,7 @@ def _worker(config: dict[str, Any]) -> None:
                 {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}
             ),
         )
-    except DiskFull as error:
+    except Unrecoverable as error:
         outcome = json.dumps({"status": "failed", "error": str(error)})
         try:
             write_atomically(run_dir / OUTCOME_FILE, outcome)
@@ -48,12 +62,13 @@ def fit(
     *,
     resume: Path | None = None,
     lineage: dict[str, Any] | None = None,
+    fault: Fault | None = None,
 ) -> dict[str, Any]:
-    """Train on the connected cluster; returns the outcome with losses, ledger and attempts.
+    """Train on the connected cluster; returns the outcome with losses, ledger and attempts. `fault`: see `train`.
 
-    The first Ctrl-C lets the run write a checkpoint and end; a second one ends at once."""
+    The first Ctrl-C or SIGTERM lets the run write a checkpoint and end; a second one ends at once."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
     started = time.time()
@@ -61,10 +76,26 @@ def fit(
     recipe.save(run_dir / "recipe.json")
     for leftover in (OUTCOME_FILE, STOP_FILE):
         (run_dir / leftover).unlink(missing_ok=True)
+    workers, least = recipe.parallelism.workers, recipe.parallelism.min_workers
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = (
-        recipe.parallelism.use_gpu if recipe.parallelism.use_gpu is not None else gpus >= recipe.parallelism.workers
-    )
+    use_gpu = recipe.parallelism.use_gpu if recipe.parallelism.use_gpu is not None else gpus >= (least or workers)
+
+    class NoteFailures(UserCallback):
+        """In Ray Train's controller."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            ledger.note_failure(run_dir / LEDGER, {rank: str(error) for rank, error in worker_exceptions.items()})
+
+    scaling: dict[str, Any] = {
+        "num_workers": workers if least is None else (least, workers),
+        "elastic_resize_monitor_interval_s": GROW_EVERY_S,
+        "use_gpu": use_gpu,
+        "resources_per_worker": {"CPU": recipe.parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+    }
+    failing: dict[str, Any] = {
+        "failure_config": FailureConfig(max_failures=recipe.checkpoint.max_failures),
+        "callbacks": [NoteFailures()],
+    }
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -73,17 +104,14 @@ def fit(
             "run_dir": str(run_dir),
             "resume": str(resume) if resume else "",
             "lineage": lineage or {},
+            "fault": fault,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=recipe.parallelism.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-        ),
+        scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="train",
             storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=recipe.checkpoint.max_failures),
+            **failing,
         ),
     )
     _fit_until_done_or_stopped(trainer, run_dir)
@@ -98,7 +126,7 @@ def report(run_dir: Path, started: float) -> dict[str, Any]:
     records = read_metrics(run_dir / METRICS_FILE)
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if "validation" in record]
-    book = ledger.summarise(run_dir / "ledger", started, time.time())
+    book = ledger.summarise(run_dir / LEDGER, started, time.time())
     return {
         "losses": [record["loss"] for record in steps],
         "grad_norms": [record["grad_norm"] for record in steps],
@@ -106,6 +134,7 @@ def report(run_dir: Path, started: float) -> dict[str, Any]:
         "ledger": book,
         "goodput": book["goodput"],
         "attempts": book["attempts"],
+        "bad_steps": read_bad_steps(run_dir),
     }
 
 
@@ -128,7 +157,7 @@ def _fit_until_done_or_stopped(trainer: Any, run_dir: Path) -> None:
         (run_dir / STOP_FILE).touch()
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, on_interrupt) if main else None
+    before = {number: signal.signal(number, on_interrupt) for number in STOP_SIGNALS} if main else {}
     # Ray Train's own handler would drop the run without a checkpoint; off the main thread it sets none.
     thread = threading.Thread(target=target, name="fit", daemon=True)
     try:
@@ -136,7 +165,7 @@ def _fit_until_done_or_stopped(trainer: Any, run_dir: Path) -> None:
         while thread.is_alive():
             thread.join(timeout=0.2)
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if errors:
         raise errors[0]

@@ -17,80 +17,62 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError, model_validator
 
 from heliostat.recipe.sections import (
-    SHARD_AXES as SHARD_AXES,
+    SHARD_AXES,
+    SHARD_OPTIONS,
+    Checkpoint,
+    Choice,
+    Data,
+    Deploy,
+    Gate,
+    Integers,
+    LogUniform,
+    Lora,
+    Model,
+    Optimizer,
+    Parallelism,
+    PipelineSchedule,
+    Recovery,
+    Refused,
+    Schedule,
+    SearchRange,
+    Section,
+    Seed,
+    Tracking,
+    Training,
+    Tune,
+    Uniform,
 )
-from heliostat.recipe.sections import (
-    SHARD_OPTIONS as SHARD_OPTIONS,
-)
-from heliostat.recipe.sections import (
-    Checkpoint as Checkpoint,
-)
-from heliostat.recipe.sections import (
-    Choice as Choice,
-)
-from heliostat.recipe.sections import (
-    Count as Count,
-)
-from heliostat.recipe.sections import (
-    Data as Data,
-)
-from heliostat.recipe.sections import (
-    Deploy as Deploy,
-)
-from heliostat.recipe.sections import (
-    Fraction as Fraction,
-)
-from heliostat.recipe.sections import (
-    Gate as Gate,
-)
-from heliostat.recipe.sections import (
-    Integers as Integers,
-)
-from heliostat.recipe.sections import (
-    LogUniform as LogUniform,
-)
-from heliostat.recipe.sections import (
-    Lora as Lora,
-)
-from heliostat.recipe.sections import (
-    Model as Model,
-)
-from heliostat.recipe.sections import (
-    Optimizer as Optimizer,
-)
-from heliostat.recipe.sections import (
-    Parallelism as Parallelism,
-)
-from heliostat.recipe.sections import (
-    PipelineSchedule as PipelineSchedule,
-)
-from heliostat.recipe.sections import (
-    Refused as Refused,
-)
-from heliostat.recipe.sections import (
-    Schedule as Schedule,
-)
-from heliostat.recipe.sections import (
-    SearchRange as SearchRange,
-)
-from heliostat.recipe.sections import (
-    Section as Section,
-)
-from heliostat.recipe.sections import (
-    Seed as Seed,
-)
-from heliostat.recipe.sections import (
-    Tracking as Tracking,
-)
-from heliostat.recipe.sections import (
-    Training as Training,
-)
-from heliostat.recipe.sections import (
-    Tune as Tune,
-)
-from heliostat.recipe.sections import (
-    Uniform as Uniform,
-)
+
+__all__ = [
+    "RECIPE_VERSION",
+    "SHARD_AXES",
+    "SHARD_OPTIONS",
+    "Choice",
+    "Data",
+    "Deploy",
+    "Integers",
+    "LogUniform",
+    "Lora",
+    "Model",
+    "Optimizer",
+    "Parallelism",
+    "PipelineSchedule",
+    "Recipe",
+    "Recovery",
+    "Refused",
+    "Schedule",
+    "SearchRange",
+    "Training",
+    "Uniform",
+    "build",
+    "field_paths",
+    "load",
+    "nearest",
+    "override",
+    "refusal",
+    "sections",
+    "write_atomically",
+]
 
 RECIPE_VERSION: Literal[1] = 1
 
@@ -110,6 +92,7 @@ class Recipe(Section):
     training: Training = Training()
     parallelism: Parallelism = Parallelism()
     checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
     tune: Tune = Tune()
     gate: Gate = Gate()
     deploy: Deploy = Deploy()

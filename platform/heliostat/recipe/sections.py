@@ -144,6 +144,9 @@ SHARD_OPTIONS = {"sequence_parallel": "tensor", "loss_parallel": "tensor", "cpu_
 
 class Parallelism(Section):
     workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """The run starts, and goes on when nodes are lost, with as few workers as this, and grows back to `workers` when it
+    can. The global batch stays what it is. None: it waits for all of them."""
     fsdp: PositiveInt = 1
     """Workers that share one copy of the parameters (FSDP2)."""
     reshard_after_forward: bool = True
@@ -192,6 +195,14 @@ class Parallelism(Section):
                 f"workers={self.workers} is not a multiple of {' × '.join(SHARD_AXES)} = {self.shards}; "
                 f"use workers={self.shards * max(1, round(self.workers / self.shards))}"
             )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise Refused("parallelism.min_workers", f"{self.min_workers} is above workers={self.workers}", "lower it")
+        if self.min_workers is not None and self.shards > 1:
+            raise Refused(
+                "parallelism.min_workers",
+                f"a copy of the model takes {self.shards} workers, and workers come and go one by one",
+                f"leave it out, or set {', '.join(SHARD_AXES)} to 1",
+            )
         for name, axis in SHARD_OPTIONS.items():
             if getattr(self, name) and getattr(self, axis) == 1:
                 raise Refused(
@@ -208,6 +219,21 @@ class Checkpoint(Section):
     keep: PositiveInt = 2
     max_failures: Count = 3
     """How often a failed run is started again from its last checkpoint."""
+
+
+class Recovery(Section):
+    hang_timeout_s: PositiveFloat = 600.0
+    """Of a step, a batch of an evaluation, or a checkpoint. One that takes longer hangs: the stacks of every worker are
+    saved in the run's folder `stacks`, and the run starts again from its last checkpoint."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """A loss above this multiple of the median of the last 32 steps is a spike, and its step a bad one, as is one whose
+    loss or gradient is not finite. None: losses may rise as they like."""
+    bad_step: Literal["skip", "restart", "stop"] = "skip"
+    """A bad step is made once more. One that is good then was the hardware's fault, and counts. One that is bad again
+    is its batch's: leave the weights as they were, or start again from the last checkpoint and leave the batch out
+    there, or stop the run."""
+    max_bad_steps: Count = 8
+    """With more of them the run stops."""
 
 
 class Uniform(Section):

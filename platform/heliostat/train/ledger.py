@@ -12,21 +12,37 @@ from typing import Any
 
 from heliostat.recipe import write_atomically
 
-CLASSES = ("start_up", "input", "step", "replay", "evaluation", "checkpoint", "restore", "rescheduling", "other")
+CLASSES = {
+    "start_up": "until the first attempt's model stands",
+    "input": "waiting for rows",
+    "step": "steps that count",
+    "checkpoint": "training stands still for a checkpoint, or the bundle is written",
+    "evaluation": "on the validation split",
+    "detection": "from a failure until it was noticed",
+    "rescheduling": "from then until the next attempt began",
+    "restore": "until its model stood, with the checkpoint's state",
+    "replay": "steps that an earlier attempt had made and lost",
+    "idle": "what is left: bringing results home",
+}
+FAILURES_FILE = "failures.jsonl"
 
 
 class Ledger:
     """`with ledger("step"): …` — nested spans count once, for the inner class."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, workers: int = 1) -> None:
+        """`folder`: where the attempt is written; None: nowhere. `workers`: of this attempt."""
         self.file: Path | None = None
+        self.workers = workers
+        self.attempt = 1
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.attempt = len(list(folder.glob("attempt-*.json"))) + 1
             self.file = folder / f"attempt-{self.attempt:03d}.json"
         self.seconds: dict[str, float] = {}
         self.started = time.time()
-        self._mark, self._class, self._saved = time.perf_counter(), "start_up", 0.0
+        self._mark, self._saved = time.perf_counter(), 0.0
+        self._class = "start_up" if self.attempt == 1 else "restore"
         self.save()
 
     @contextmanager
@@ -51,28 +67,47 @@ class Ledger:
             return
         self._saved = now
         self.enter(self._class)
-        write_atomically(
-            self.file, json.dumps({"started": self.started, "ended": time.time(), "seconds": self.seconds})
-        )
+        record = {"started": self.started, "ended": time.time(), "workers": self.workers, "seconds": self.seconds}
+        write_atomically(self.file, json.dumps(record))
+
+
+def note_failure(folder: Path, reasons: dict[int, str]) -> None:
+    """Write down that workers failed, by rank, and that it was noticed now."""
+    with (folder / FAILURES_FILE).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": time.time(), "reasons": reasons}) + "\n")
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    file = folder / FAILURES_FILE
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def summarise(folder: Path, started: float, ended: float) -> dict[str, Any]:
-    """All attempts of a run between two wall-clock times, in seconds by class; `goodput` is the share of steps
-    that count."""
+    """All attempts of a run between two wall-clock times, in seconds by class, in total and by attempt; `goodput` is
+    the share of steps that count."""
     attempts = [json.loads(file.read_text()) for file in sorted(folder.glob("attempt-*.json"))]
     attempts = [attempt for attempt in attempts if attempt["ended"] > started]
+    noticed = [failure["time"] for failure in failures(folder)]
     seconds = dict.fromkeys(CLASSES, 0.0)
     last = started
     for number, attempt in enumerate(attempts):
-        seconds["start_up" if number == 0 else "rescheduling"] += max(0.0, attempt["started"] - last)
+        gap = max(0.0, attempt["started"] - last)
+        if number == 0:
+            seconds["start_up"] += gap
+        else:
+            # The first notice since the last sign of life; without one, all of the gap was spent on starting again.
+            notice = min((time_ for time_ in noticed if last <= time_ <= attempt["started"]), default=last)
+            seconds["detection"] += notice - last if gap else 0.0
+            seconds["rescheduling"] += attempt["started"] - notice if gap else 0.0
         for name, value in attempt["seconds"].items():
             seconds[name] += value
         last = attempt["started"] + sum(attempt["seconds"].values())
     wall = ended - started
-    seconds["other"] += wall - sum(seconds.values())
+    seconds["idle"] += wall - sum(seconds.values())
     return {
         "wall_s": wall,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "goodput": seconds["step"] / wall if wall > 0 else 0.0,
         "attempts": len(attempts),
+        "by_attempt": [{name: round(attempt["seconds"].get(name, 0.0), 3) for name in CLASSES} for attempt in attempts],
     }

@@ -27,17 +27,19 @@ from heliostat.parallel.parallelize import full_state, parallelize
 from heliostat.recipe import Recipe, Refused, write_atomically
 from heliostat.tasks import Rows, Task
 from heliostat.train import checkpoint
+from heliostat.train.errors import DiskFull
+from heliostat.train.faults import Fault, Injector
+from heliostat.train.guard import Guard
 from heliostat.train.ledger import Ledger
 from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
 from heliostat.train.step import StepResult, TrainStep
+from heliostat.train.watchdog import Watchdog
 
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
 BUNDLE = "bundle"
-
-
-class DiskFull(RuntimeError):
-    """Trying again would fail again, so the launcher does not."""
+LEDGER = "ledger"
+STACKS = "stacks"
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Progress:
     best_step: int = 0
     evaluations_without_gain: int = 0
 
-    def as_dict(self, loader: Loader) -> dict[str, Any]:
+    def as_dict(self, loader: Loader, recent_losses: list[float]) -> dict[str, Any]:
         return {
             "step": self.step,
             "cursor": self.cursor.as_dict(),
@@ -59,6 +61,7 @@ class Progress:
             "evaluations_without_gain": self.evaluations_without_gain,
             "fingerprint": loader.fingerprint,
             "global_batch_size": loader.global_batch_size,
+            "recent_losses": recent_losses,
         }
 
 
@@ -76,14 +79,17 @@ class Run:
         should_stop: Callable[[], bool] = lambda: False,
         write_bundle: bool = True,
         lineage: dict[str, Any] | None = None,
+        watch: bool = False,
+        fault: Fault | None = None,
     ) -> None:
         """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
-        run has none of its own."""
+        run has none of its own; `watch` ends the process where it hangs; `fault` is injected, for a drill."""
         self.recipe, self.prepared, self.run_dir = recipe, prepared, run_dir
         self.report, self.should_stop, self.write_bundle = report, should_stop, write_bundle
         self.lineage = lineage or {}
-        self.first = not dist.is_initialized() or dist.get_rank() == 0
-        self.ledger = Ledger(run_dir / "ledger" if self.first else None)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.first = rank == 0
+        self.ledger = Ledger(run_dir / LEDGER if self.first else None, recipe.parallelism.workers)
         self.layout: Layout = make_layout(recipe.parallelism)
         self.task: Task = prepared.task(recipe)
         check_task(self.task, recipe.parallelism.context)
@@ -96,6 +102,10 @@ class Run:
         self.new_parameters: set[str] = model.new_parameters
         self.optimizer = build_optimizer(self.parallel.model, recipe, self.new_parameters)
         self.step = TrainStep(self.parallel, self.task, self.optimizer, recipe)
+        self.guard = Guard(self.step, recipe.recovery, run_dir, self.first)
+        self.faults = Injector(fault, run_dir, rank)
+        stacks = run_dir / STACKS / f"attempt-{self.ledger.attempt:03d}-rank-{rank}.txt"
+        self.watchdog = Watchdog(recipe.recovery.hang_timeout_s, stacks) if watch else None
         self.average = (
             MovingAverage(self.parallel.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
         )
@@ -153,11 +163,20 @@ class Run:
             self.progress = Progress(
                 saved["step"], cursor, saved["best"], saved["best_step"], saved["evaluations_without_gain"]
             )
+            self.guard.losses = saved.get("recent_losses", [])
 
     # -- the loop
 
     def train(self) -> dict[str, Any]:
         """Train to the end, or to a stop; returns the outcome (the same on every rank)."""
+        try:
+            return self._train()
+        finally:
+            self.ledger.save()  # also of an attempt that fails
+            if self.watchdog is not None:
+                self.watchdog.stop()
+
+    def _train(self) -> dict[str, Any]:
         status = "done"
         progress, ledger = self.progress, self.ledger
         pending: tuple[int, StepResult, float] | None = None
@@ -167,10 +186,10 @@ class Run:
             with ledger("input"):
                 batches = self._batches(progress.cursor, train=True)
             with ledger("replay" if progress.step < self.replay_until else "step"):
-                self._seed()
                 lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, progress.step, self.total)
                 set_lr(self.optimizer, lr)
-                result = self.step(batches, stop=self._stop_wanted())
+                batches = self.faults.batches(progress.step + 1, batches)
+                result = self.guard(progress.step + 1, batches, self._seed, stop=self._stop_wanted())
                 progress.step += 1
                 progress.cursor = self.loader.next(progress.cursor)
                 if self.average is not None:
@@ -179,7 +198,8 @@ class Run:
             if pending is not None:
                 self._record(*pending)
             pending = (progress.step, result, lr)
-            ledger.save(every_s=1.0)
+            ledger.save(every_s=0.2)
+            self._beat()
             last = progress.step == self.total
             if last or self._evaluation_due():
                 self._record(*pending)
@@ -193,16 +213,19 @@ class Run:
                     self._record(*pending)
                     pending = None
                 self._checkpoint()
+            self.faults.after_step(progress.step, self.checkpoints)
             if stopped:
                 status = "interrupted"
                 break
             if last:
                 break
-        ledger.enter("other")
+        ledger.enter("checkpoint")  # or what is like one: the bundle
         spent = {"loop_s": time.perf_counter() - started, "loop_cpu_s": time.process_time() - cpu_started}
-        outcome = self._finish(status, spent)
-        ledger.save()
-        return outcome
+        return self._finish(status, spent)
+
+    def _beat(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat()
 
     def _record(self, step: int, result: StepResult, lr: float) -> None:
         if self.first:
@@ -277,6 +300,7 @@ class Run:
         sums: torch.Tensor | None = None
         names: tuple[str, ...] = ()
         for number in range(self.validation.batches_per_epoch):
+            self._beat()
             batches = self._batches(Cursor(0, number), train=False)
             micro = self.step.forward_only(batches)
             names = self._metric_names(micro)
@@ -301,10 +325,11 @@ class Run:
         with self.ledger("checkpoint"):
             self.recorder.flush()
             try:
+                self.faults.before_checkpoint(self.progress.step)
                 checkpoint.save(
                     self.checkpoints,
                     self.progress.step,
-                    self.progress.as_dict(self.loader),
+                    self.progress.as_dict(self.loader, self.guard.losses),
                     self.parallel.model,
                     self.optimizer,
                     self.average,

@@ -29,6 +29,10 @@ class StepResult:
     metric_names: tuple[str, ...]
     router_aux_loss: Tensor | None = None
 
+    @property
+    def loss(self) -> float:
+        return float(self.sums[0] / self.sums[1].clamp(min=1e-12))
+
     def figures(self) -> dict[str, float]:
         """Means over the global batch, its weight, and the gradient's norm before clipping. The router's auxiliary
         loss stands beside `loss`, which does not hold it, and without its coefficient."""
@@ -64,6 +68,14 @@ class TrainStep:
 
     def __call__(self, batches: list[Batch], stop: bool = False) -> StepResult:
         """Collective: every rank must call it, with equally many micro-batches."""
+        result = self.gradients(batches, stop)
+        self.update()
+        return result
+
+    def gradients(self, batches: list[Batch], stop: bool = False) -> StepResult:
+        """Leave the clipped gradient of the global batch's mean loss in the parameters, for `update` or `discard`.
+
+        Collective: every rank must call it, with equally many micro-batches."""
         if self.balance is not None:
             self.balance.start()
             if len(batches) > 1:
@@ -74,9 +86,14 @@ class TrainStep:
             self._average_expert_grads()
             self._sum_tensor_grads()
             grad_norm = self._scale_and_clip(sums[1])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return StepResult(sums, grad_norm, names, self.router_aux_loss)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
 
     def _plain(self, batches: list[Batch]) -> list[LossSums]:
         micro = []
