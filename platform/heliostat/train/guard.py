@@ -14,6 +14,7 @@ import torch
 from heliostat.recipe import Recovery
 from heliostat.tasks import Batch
 from heliostat.train.errors import BadStep, Unrecoverable
+from heliostat.train.faults import Injector
 from heliostat.train.step import StepResult, TrainStep
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
@@ -28,9 +29,10 @@ class Guard:
 
     All ranks decide alike, since they look at global figures."""
 
-    def __init__(self, step: TrainStep, recovery: Recovery, run_dir: Path, first: bool) -> None:
-        """`first`: whether this rank writes the run's list of bad steps."""
+    def __init__(self, step: TrainStep, recovery: Recovery, run_dir: Path, first: bool, faults: Injector) -> None:
+        """`first`: whether this rank writes the run's list of bad steps. `faults`: those made on purpose."""
         self.step, self.recovery, self.file, self.first = step, recovery, run_dir / BAD_STEPS_FILE, first
+        self.faults = faults
         self.losses: list[float] = []
         """Of the last good steps; a checkpoint remembers them, so that a resumed run decides the same."""
         earlier = read_bad_steps(run_dir)
@@ -50,7 +52,7 @@ class Guard:
         Collective: every rank must call it, with equally many micro-batches."""
         before = [buffer.clone() for buffer in self.statistics]
         seed()
-        result = self.step.gradients(batches, stop)
+        result = self.step.gradients(self.faults.batches(number, batches), stop)
         reason = self.reason(result)
         if number in self.left_out:
             self._forget(before)

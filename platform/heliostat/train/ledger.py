@@ -109,5 +109,11 @@ def summarise(folder: Path, started: float, ended: float) -> dict[str, Any]:
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "goodput": seconds["step"] / wall if wall > 0 else 0.0,
         "attempts": len(attempts),
-        "by_attempt": [{name: round(attempt["seconds"].get(name, 0.0), 3) for name in CLASSES} for attempt in attempts],
+        "by_attempt": [
+            {
+                "workers": attempt["workers"],
+                "seconds": {name: round(value, 3) for name, value in attempt["seconds"].items()},
+            }
+            for attempt in attempts
+        ],
     }

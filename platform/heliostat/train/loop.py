@@ -102,8 +102,8 @@ class Run:
         self.new_parameters: set[str] = model.new_parameters
         self.optimizer = build_optimizer(self.parallel.model, recipe, self.new_parameters)
         self.step = TrainStep(self.parallel, self.task, self.optimizer, recipe)
-        self.guard = Guard(self.step, recipe.recovery, run_dir, self.first)
         self.faults = Injector(fault, run_dir, rank)
+        self.guard = Guard(self.step, recipe.recovery, run_dir, self.first, self.faults)
         stacks = run_dir / STACKS / f"attempt-{self.ledger.attempt:03d}-rank-{rank}.txt"
         self.watchdog = Watchdog(recipe.recovery.hang_timeout_s, stacks) if watch else None
         self.average = (
@@ -188,7 +188,6 @@ class Run:
             with ledger("replay" if progress.step < self.replay_until else "step"):
                 lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, progress.step, self.total)
                 set_lr(self.optimizer, lr)
-                batches = self.faults.batches(progress.step + 1, batches)
                 result = self.guard(progress.step + 1, batches, self._seed, stop=self._stop_wanted())
                 progress.step += 1
                 progress.cursor = self.loader.next(progress.cursor)
