@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -17,10 +18,11 @@ from heliostat.train.faults import Fault
 from heliostat.train.guard import read_bad_steps
 from heliostat.train.loop import LEDGER, OUTCOME_FILE, STOP_FILE, train
 
+PLACEMENT_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+"""Ray Train's setting for runs that take the workers there are. It may count on a node that is gone already, and would
+wait a minute for its workers."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C; `ray job stop`, and machines that are taken away."""
-GROW_EVERY_S = 30.0
-"""How often an elastic run looks whether it may have more workers."""
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -88,7 +90,7 @@ def fit(
 
     scaling: dict[str, Any] = {
         "num_workers": workers if least is None else (least, workers),
-        "elastic_resize_monitor_interval_s": GROW_EVERY_S,
+        "elastic_resize_monitor_interval_s": recipe.recovery.grow_every_s,
         "use_gpu": use_gpu,
         "resources_per_worker": {"CPU": recipe.parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
     }
@@ -96,6 +98,8 @@ def fit(
         "failure_config": FailureConfig(max_failures=recipe.checkpoint.max_failures),
         "callbacks": [NoteFailures()],
     }
+    if least is not None:
+        os.environ.setdefault(*PLACEMENT_TIMEOUT)  # it reads these in the driver
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

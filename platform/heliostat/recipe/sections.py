@@ -234,6 +234,8 @@ class Recovery(Section):
     there, or stop the run."""
     max_bad_steps: Count = 8
     """With more of them the run stops."""
+    grow_every_s: PositiveFloat = 60.0
+    """How often a run with fewer than `parallelism.workers` looks whether there are more again."""
 
 
 class Uniform(Section):
