@@ -35,6 +35,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.train_overhead
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.parallel_overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.input
 	$(BIN)/python -m bench.launch_overhead
 	$(BIN)/python -m bench.serve_overhead
 

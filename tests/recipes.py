@@ -115,6 +115,17 @@ def tiny_bert(folder: Path, **overrides: Any) -> Recipe:
     return override(recipe, overrides)
 
 
+def mixed(folder: Path, recipe: Recipe, **overrides: Any) -> Recipe:
+    """The recipe on three sources of uneven size and weight in place of one."""
+    weights = {"long": 0.5, "middle": 0.3, "short": 0.2}
+    rows = {"long": 60, "middle": 41, "short": 17}
+    mixture = {
+        name: {"source": str(text_file(folder / "source" / name, rows[name], 10 + i)), "weight": weight}
+        for i, (name, weight) in enumerate(weights.items())
+    }
+    return override(recipe, {"data.train": "", "data.mixture": mixture} | overrides)
+
+
 def lora_head(folder: Path, **overrides: Any) -> Recipe:
     """`tiny_bert` with adapters and a new head over an encoder that is read from a folder."""
     recipe = tiny_bert(folder)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.data.loader import Coordinate, Cursor, Loader, check_resume, subset
+from heliostat.data.loader import Coordinate, Cursor, Loader, check_resume
+from heliostat.data.order import Source
 from heliostat.recipe import Refused
 
 seeds = st.integers(0, 2**31 - 1)
@@ -152,10 +153,29 @@ def test_resume_refuses_other_data_and_other_batches(fingerprint: str, size: int
     assert caught.value.field == "resume"
 
 
-@given(st.integers(1, 50), st.integers(1, 60), seeds)
-def test_subset_is_a_fixed_choice_in_order(rows: int, limit: int, seed: int) -> None:
-    chosen = subset(table(rows), limit, seed).column("sample_id").to_pylist()
-    assert len(chosen) == min(rows, limit)
-    assert chosen == sorted(set(chosen))
-    assert set(chosen) <= set(table(rows).column("sample_id").to_pylist())
-    assert chosen == subset(table(rows), limit, seed).column("sample_id").to_pylist()
+@given(st.integers(1, 50), st.integers(1, 60), seeds, st.integers(0, 3))
+def test_a_limit_is_a_fixed_choice(rows: int, limit: int, seed: int, buckets: int) -> None:
+    loader = Loader(table(rows), seed, 7, "f", buckets, limit=limit)
+    chosen = sorted(order(loader, 0))
+    assert len(set(chosen)) == len(chosen) == min(rows, limit)
+    assert sorted(order(loader, 5)) == chosen
+
+
+@given(seeds, st.integers(0, 4), numbers, numbers, st.integers(0, 2))
+def test_what_is_read_does_not_depend_on_what_was_read_before(
+    seed: int, buckets: int, count: int, size: int, epoch: int
+) -> None:
+    """Reading goes ahead, several batches at a time: jumps between cursors and coordinates must not show."""
+    mixture = [Source(31, 0.5, "a"), Source(64, 2.0, "b"), Source(5, 1.0, "c")]
+    used = Loader(table(100, seed), seed, 8, "f", buckets, sources=mixture)
+    random = np.random.default_rng(seed)
+    for _ in range(6):
+        cursor = Cursor(epoch + int(random.integers(2)), int(random.integers(used.batches_per_epoch)))
+        coordinate = Coordinate(int(random.integers(count)), count)
+        fresh = Loader(table(100, seed), seed, 8, "f", buckets, sources=mixture)
+        for got, expected in zip(
+            used.read(cursor, coordinate, size), fresh.read(cursor, coordinate, size), strict=True
+        ):
+            assert got.table.equals(expected.table)
+            assert got.sample_ids.tolist() == expected.sample_ids.tolist()
+            assert got.row_weight_B.tolist() == expected.row_weight_B.tolist()

@@ -1,13 +1,16 @@
 """The loader: a pure function (cursor, batch coordinate, size) → rows with their sample ids.
 
-The order of samples depends on (seed, epoch, the data) alone: no rank count, no history. The cursor counts
-global batches; the coordinate says which share of one is whose.
+The order of samples depends on (seed, epoch, the data) alone: no rank count, no history (heliostat.data.order). The
+cursor counts global batches; the coordinate says which share of one is whose.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.recipe import Refused
+from heliostat.data.order import BATCHES, Order, Source, keys, permute
+from heliostat.data.prepare import Prepared
+from heliostat.data.rows import RowReader
+from heliostat.recipe import Recipe, Refused
 from heliostat.tasks import Rows
 
 
@@ -39,6 +45,12 @@ class Coordinate:
     count: int = 1
 
 
+READ_BYTES = 1 << 24
+"""Rows of several batches, about so many bytes, are read at once, and handed out as views."""
+ORDER_ROWS = 1 << 14
+"""So many positions of an epoch are found at once."""
+
+
 @dataclass
 class Loader:
     table: pa.Table
@@ -47,16 +59,28 @@ class Loader:
     fingerprint: str = ""
     bucket_batches: int = 0
     shuffle: bool = True
-    _kept: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)  # one epoch's order
+    sources: Sequence[Source] = ()
+    """Of which consecutive rows of the table consist. None: it is one."""
+    limit: int | None = None
+    _ordered: tuple[int, int, np.ndarray] | None = field(default=None, init=False, repr=False)
+    """The rows of some batches: their epoch, the first batch, and the row numbers."""
+    _read: tuple[Coordinate, int, int, list[int], pa.Table] | None = field(default=None, init=False, repr=False)
+    """What was read of them for a coordinate: epoch, first batch, where each batch starts (and the last ends), rows."""
+
+    def __post_init__(self) -> None:
+        if "sample_id" not in self.table.column_names:
+            self.table = self.table.append_column("sample_id", pa.array(np.arange(self.table.num_rows)))
+        self.order = Order(self.sources or [Source(self.table.num_rows)], self.seed, self.limit)
+        self.reader = RowReader(self.table)
+        self.lengths = RowReader(self.table.select(["length"])) if self.bucket_batches > 1 else self.reader
+        self.row_bytes = max(1, self.table.nbytes // max(1, self.table.num_rows))
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-self.table.num_rows // self.global_batch_size)
+        return -(-self.order.total // self.global_batch_size)
 
     def next(self, cursor: Cursor) -> Cursor:
-        if cursor.batch + 1 < self.batches_per_epoch:
-            return Cursor(cursor.epoch, cursor.batch + 1)
-        return Cursor(cursor.epoch + 1, 0)
+        return self.advance(cursor, 1)
 
     def advance(self, cursor: Cursor, batches: int) -> Cursor:
         total = cursor.epoch * self.batches_per_epoch + cursor.batch + batches
@@ -64,54 +88,99 @@ class Loader:
 
     def batch_rows(self, cursor: Cursor) -> np.ndarray:
         """Row numbers of a global batch. The last of an epoch may be smaller; no row is dropped or repeated."""
-        start = cursor.batch * self.global_batch_size
-        return self._order(cursor.epoch)[start : start + self.global_batch_size]
+        first, rows = self._order_from(cursor, 1)
+        return rows[(cursor.batch - first) * self.global_batch_size :][: self.global_batch_size]
 
     def read(self, cursor: Cursor, coordinate: Coordinate, size: int, fill: bool = False) -> list[Rows]:
         """This coordinate's micro-batches of at most `size` rows. Every coordinate gets equally many; one that
         has no rows left gets a row of weight zero, so that collectives match. `fill`: with such rows, every
         global batch has as many micro-batches, and every one exactly `size` rows (pipelines)."""
-        batch = self.batch_rows(cursor)
-        mine = batch[coordinate.index :: coordinate.count]
-        longest = -(-(self.global_batch_size if fill else len(batch)) // coordinate.count)
+        batch_size = min(self.global_batch_size, self.order.total - cursor.batch * self.global_batch_size)
+        longest = -(-(self.global_batch_size if fill else batch_size) // coordinate.count)
+        table, first, end = self._rows_of(cursor, coordinate)
         micro_batches = []
-        for start in range(0, longest, size):
-            rows = mine[start : start + size]
-            weight = np.ones(len(rows), np.float32)
-            missing = (size if fill else 1) - len(rows)
+        for start in range(first, first + longest, size):
+            rows = table.slice(start, max(0, min(size, end - start)))
+            weight = np.ones(rows.num_rows, np.float32)
+            missing = (size if fill else 1) - rows.num_rows
             if missing > 0:
-                rows = np.concatenate([rows, np.repeat(batch[:1], missing)])
+                filling = self.reader.take(np.repeat(self.batch_rows(cursor)[:1], missing))
+                rows = pa.concat_tables([rows, filling]).combine_chunks()
                 weight = np.concatenate([weight, np.zeros(missing, np.float32)])
-            table = self.table.take(pa.array(rows))
-            ids = table.column("sample_id").to_numpy() if "sample_id" in table.column_names else rows
-            micro_batches.append(Rows(table, ids, weight))
+            micro_batches.append(Rows(rows, rows.column("sample_id").to_numpy(), weight))
         return micro_batches
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._kept and self._kept[0] == epoch:
-            return self._kept[1]
-        order = np.arange(self.table.num_rows)
-        if self.shuffle:
-            random = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
-            order = random.permutation(order)
-            if self.bucket_batches > 1:
-                order = self._bucket(order, random)
-        self._kept = (epoch, order)
-        return order
+    def _rows_of(self, cursor: Cursor, coordinate: Coordinate) -> tuple[pa.Table, int, int]:
+        """A table with a coordinate's rows of a global batch, and where they start and end in it."""
+        if self._read is not None and self._read[:2] == (coordinate, cursor.epoch):
+            _, _, first, starts, table = self._read
+            at = cursor.batch - first
+            if 0 <= at < len(starts) - 1:
+                return table, starts[at], starts[at + 1]
+        share_bytes = self.row_bytes * -(-self.global_batch_size // coordinate.count)
+        count = max(1, READ_BYTES // share_bytes)
+        first, rows = self._order_from(cursor, max(count, ORDER_ROWS // self.global_batch_size))
+        size, ahead = self.global_batch_size, cursor.batch - first
+        rows = rows[ahead * size : (ahead + count) * size]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        shares = [batch[coordinate.index :: coordinate.count] for batch in batches]
+        starts = [0, *itertools.accumulate(map(len, shares))]
+        table = self.reader.take(np.concatenate(shares))
+        self._read = (coordinate, cursor.epoch, cursor.batch, starts, table)
+        return table, 0, starts[1]
 
-    def _bucket(self, order: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Sort by length within windows, then shuffle the full batches: rows of like length share a batch."""
-        length = self.table.column("length").to_numpy()
-        window = self.bucket_batches * self.global_batch_size
-        pieces = [order[start : start + window] for start in range(0, len(order), window)]
-        ordered = np.concatenate([piece[np.argsort(length[piece], kind="stable")] for piece in pieces])
-        full = len(ordered) // self.global_batch_size * self.global_batch_size
-        batches = ordered[:full].reshape(-1, self.global_batch_size)
-        return np.concatenate([batches[random.permutation(len(batches))].reshape(-1), ordered[full:]])
+    def _order_from(self, cursor: Cursor, batches: int) -> tuple[int, np.ndarray]:
+        """The row numbers of this batch and others around it, and the first of these batches. `batches`: how many from
+        this one on, where they are not known yet."""
+        size = self.global_batch_size
+        if self._ordered is not None and self._ordered[0] == cursor.epoch:
+            _, first, rows = self._ordered
+            if first <= cursor.batch < first + -(-len(rows) // size):
+                return first, rows
+        first = cursor.batch
+        if self.shuffle and self.bucket_batches > 1:
+            first, batches = first // self.bucket_batches * self.bucket_batches, self.bucket_batches
+        start, stop = first * size, min((first + batches) * size, self.order.total)
+        rows = self.order.rows(cursor.epoch, start, stop) if self.shuffle else np.arange(start, stop)
+        if self.shuffle and self.bucket_batches > 1:
+            rows = self._bucket(rows, keys(self.seed, BATCHES, first, cursor.epoch))
+        self._ordered = (cursor.epoch, first, rows)
+        return first, rows
+
+    def _bucket(self, rows: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """A window's rows sorted by length, and its full batches shuffled: rows of like length share a batch."""
+        length = self.lengths.take(rows).column(0).to_numpy()
+        rows = rows[np.argsort(length, kind="stable")]
+        count = len(rows) // self.global_batch_size
+        batches = rows[: count * self.global_batch_size].reshape(count, self.global_batch_size)
+        shuffled = batches[permute(np.arange(count), count, key)]
+        return np.concatenate([shuffled.reshape(-1), rows[count * self.global_batch_size :]])
 
 
-ONE_CHUNK_BYTES = 1 << 30
-"""Up to this size a split is kept as one chunk: taking rows from several costs forty times as much."""
+ORDER_VERSION = 2
+"""Of the function from (seed, epoch, data) to an epoch's order."""
+
+
+def training_loader(recipe: Recipe, prepared: Prepared) -> Loader:
+    """The loader of a recipe's training rows. Its fingerprint covers all that decides which row comes when: the rows,
+    and the names and weights of their sources."""
+    data = recipe.data
+    rows = prepared.meta["sources"] if data.mixture else {}
+    order = [ORDER_VERSION, data.limit, data.bucket_batches, {name: data.mixture[name].weight for name in rows}]
+    digest = hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()[:8]
+    return Loader(
+        open_split(prepared.folder, "train"),
+        recipe.seed,
+        recipe.training.global_batch_size,
+        f"{prepared.fingerprint}:{digest}",
+        data.bucket_batches,
+        sources=[Source(count, data.mixture[name].weight, name) for name, count in rows.items()],
+        limit=data.limit,
+    )
+
+
+CHUNK_BYTES = 1 << 30
+"""Up to about this size rows are kept as one chunk: taking them from several costs more."""
 
 
 def open_split(folder: Path, split: str) -> pa.Table:
@@ -134,24 +203,17 @@ def open_split(folder: Path, split: str) -> pa.Table:
 
 
 def _tables(files: list[Path]) -> Iterator[pa.Table]:
-    """The files' rows: as one chunk where they are few, else file by file, so that no process holds the whole."""
-    sizes = [group.total_byte_size for file in files for group in _row_groups(pq.ParquetFile(file).metadata)]
-    if sum(sizes) <= ONE_CHUNK_BYTES:
-        yield pa.concat_tables([pq.read_table(file) for file in files]).combine_chunks()
-    else:
-        yield from (pq.read_table(file) for file in files)
-
-
-def _row_groups(metadata: pq.FileMetaData) -> list[pq.RowGroupMetaData]:
-    return [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-
-
-def subset(table: pa.Table, limit: int | None, seed: int) -> pa.Table:
-    """At most `limit` rows, chosen by seed, in their order."""
-    if limit is None or limit >= table.num_rows:
-        return table
-    chosen = np.random.Generator(np.random.Philox(seed)).permutation(table.num_rows)[:limit]
-    return table.take(pa.array(np.sort(chosen)))
+    """The files' rows in few chunks, none of which is more than a process can hold."""
+    tables, size = list[pa.Table](), 0
+    for file in files:
+        metadata = pq.ParquetFile(file).metadata
+        added = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        if tables and size + added > CHUNK_BYTES:
+            yield pa.concat_tables(tables).combine_chunks()
+            tables, size = [], 0
+        tables.append(pq.read_table(file))
+        size += added
+    yield pa.concat_tables(tables).combine_chunks()
 
 
 def check_resume(saved: dict[str, Any], loader: Loader) -> Cursor:

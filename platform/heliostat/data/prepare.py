@@ -1,6 +1,6 @@
 """From source rows to prepared rows: Parquet by split, with a fingerprint, made once and then only read.
 
-FOLDER/train/part-00000.parquet …   FOLDER/validation/…   FOLDER/test/…   FOLDER/processor/   FOLDER/meta.json
+FOLDER/train/train-000-00000.parquet …   FOLDER/validation/…   FOLDER/test/…   FOLDER/processor/   FOLDER/meta.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from heliostat.data.sources import Part, open_source
 from heliostat.models.load import processor_facts
-from heliostat.recipe import Recipe, Refused, nearest, write_atomically
+from heliostat.recipe import Data, Recipe, Refused, nearest, write_atomically
 from heliostat.tasks import ROW_NAME, Task, get_task
 
 PREPARED_VERSION = 1
@@ -30,6 +30,20 @@ SPLITS = ("train", "validation", "test")
 FIT_ROWS = 100_000
 """Rows that labels, channel means and tokenizers are learned from."""
 
+
+class Origin(NamedTuple):
+    """Where rows come from: the split a source is given for, and its number and name in a mixture."""
+
+    split: str
+    number: int = 0
+    name: str = ""
+
+    @property
+    def field(self) -> str:
+        return f"data.mixture.{self.name}.source" if self.name else f"data.{self.split}"
+
+
+Scans = dict[Origin, list[tuple[np.ndarray, str]]]
 RunParts = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 
 
@@ -67,12 +81,10 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
     a function over parts, in order; the launcher passes one that runs on the cluster."""
     task = get_task(recipe)
     task.check()
-    sources = {split: open_source(spec, f"data.{split}") for split in SPLITS if (spec := getattr(recipe.data, split))}
-    if "train" not in sources:
-        open_source(recipe.data.train)
-    for split, parts in sources.items():
-        _check_columns(task, parts[0].read(), parts[0].name, split)  # before the cluster reads all of them
-    scans = {split: run_parts(_Scan(recipe, split), parts) for split, parts in sources.items()}
+    sources = _open_sources(recipe.data)
+    for origin, parts in sources.items():
+        _check_columns(task, parts[0].read(), parts[0].name, origin.field)  # before the cluster reads all of them
+    scans = {origin: run_parts(_Scan(recipe, origin.field), parts) for origin, parts in sources.items()}
     fingerprint = _fingerprint(recipe, scans)
     folder = recipe.storage_path / "data" / f"{recipe.name}-{fingerprint}"
     if (folder / "meta.json").is_file():
@@ -82,7 +94,7 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         chosen = _choose_splits(recipe, scans)
-        train_rows = _some_rows(task, sources["train"], chosen["train"])
+        train_rows = _some_rows(task, sources, chosen)
         texts = (
             train_rows.column(recipe.data.text_column).to_pylist()
             if recipe.data.text_column in train_rows.column_names
@@ -94,8 +106,8 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
         if processor is not None:
             processor.save_pretrained(beside / "processor")
         jobs = [
-            _Job(split, index, part, chosen[split][index])
-            for split, parts in sources.items()
+            _Job(origin, index, part, chosen[origin][index])
+            for origin, parts in sources.items()
             for index, part in enumerate(parts)
         ]
         counts = run_parts(_Write(recipe, facts, beside), jobs)
@@ -107,12 +119,20 @@ def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, b
                     f"no rows are left for the {split} split",
                     "name a source for it, or raise its fraction",
                 )
+        given = {origin: 0 for origin in sources if origin.name}
+        for job, count in zip(jobs, counts, strict=True):
+            if job.origin in given:
+                given[job.origin] += count.get("train", 0)
+        for origin, number in given.items():
+            if number == 0:
+                raise Refused(origin.field, "it gives no training rows", "leave it out, or lower the other fractions")
         meta = {
             "version": PREPARED_VERSION,
             "fingerprint": fingerprint,
             "recipe": recipe.name,
             "facts": facts,
             "rows": rows,
+            "sources": {origin.name: number for origin, number in given.items()},
             "dropped_duplicates": sum(
                 int((codes == DROPPED).sum()) for per_part in chosen.values() for codes in per_part
             ),
@@ -135,11 +155,19 @@ def read_prepared(folder: Path) -> Prepared:
     return Prepared(folder, meta)
 
 
-def _check_columns(task: Task, table: pa.Table, name: str, split: str) -> None:
+def _open_sources(data: Data) -> dict[Origin, list[Part]]:
+    """The parts of each source: the training sources, by name where there are several, then validation and test."""
+    given = {Origin("train", i, name): data.mixture[name].source for i, name in enumerate(sorted(data.mixture))}
+    given = given or {Origin("train"): data.train}
+    given |= {Origin(split): spec for split in SPLITS[1:] if (spec := getattr(data, split))}
+    return {origin: open_source(spec, origin.field) for origin, spec in given.items()}
+
+
+def _check_columns(task: Task, table: pa.Table, name: str, field: str) -> None:
     for column in task.required_columns():
         if column not in table.column_names:
             raise Refused(
-                f"data.{split}",
+                field,
                 f"{name} has no column {column!r}; it has {', '.join(table.column_names)}",
                 nearest(column, table.column_names) or "set data.text_column, data.image_column or data.label_column",
             )
@@ -148,13 +176,13 @@ def _check_columns(task: Task, table: pa.Table, name: str, split: str) -> None:
 class _Scan:
     """Content hashes (uint64) of a part's rows, and a digest of its labels."""
 
-    def __init__(self, recipe: Recipe, split: str) -> None:
-        self.recipe, self.split = recipe, split
+    def __init__(self, recipe: Recipe, field: str) -> None:
+        self.recipe, self.field = recipe, field
 
     def __call__(self, part: Part) -> tuple[np.ndarray, str]:
         table = part.read()
         task = get_task(self.recipe)
-        _check_columns(task, table, part.name, self.split)
+        _check_columns(task, table, part.name, self.field)
         hashes = [
             int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
             for content in task.content(table)
@@ -164,7 +192,7 @@ class _Scan:
         return np.array(hashes, np.uint64), hashlib.sha256(repr(labels).encode()).hexdigest()
 
 
-def _fingerprint(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]]) -> str:
+def _fingerprint(recipe: Recipe, scans: Scans) -> str:
     model, data = recipe.model, recipe.data
     shaping = {
         "version": PREPARED_VERSION,
@@ -182,16 +210,16 @@ def _fingerprint(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]])
         ],
     }
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
-    for split, parts in scans.items():
+    for origin, parts in scans.items():
         for hashes, labels in parts:
-            digest.update(split.encode() + hashes.tobytes() + labels.encode())
+            digest.update(f"{origin.split}{origin.name}".encode() + hashes.tobytes() + labels.encode())
     return digest.hexdigest()[:12]
 
 
 DROPPED = -1
 
 
-def _choose_splits(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]]) -> dict[str, list[np.ndarray]]:
+def _choose_splits(recipe: Recipe, scans: Scans) -> dict[Origin, list[np.ndarray]]:
     """For each source and part, the split of each row (index into SPLITS, or DROPPED).
 
     Carved splits are chosen by the row's content, so equal rows stay together; a row of an earlier split whose
@@ -200,11 +228,11 @@ def _choose_splits(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]
     salt = np.uint64(recipe.seed * 0x9E3779B97F4A7C15 % (1 << 64))
     later: dict[str, set[int]] = {"test": set(), "validation": set()}
     for split in ("test", "validation"):
-        for hashes, _ in scans.get(split, []):
+        for hashes, _ in scans.get(Origin(split), []):
             later[split].update(hashes.tolist())
-    codes: dict[str, list[np.ndarray]] = {}
-    for split, parts in scans.items():
-        codes[split] = []
+    codes: dict[Origin, list[np.ndarray]] = {}
+    for origin, parts in scans.items():
+        split, codes[origin] = origin.split, []
         for hashes, _ in parts:
             code = np.full(len(hashes), SPLITS.index(split), np.int8)
             if split == "train":
@@ -219,22 +247,28 @@ def _choose_splits(recipe: Recipe, scans: dict[str, list[tuple[np.ndarray, str]]
                 holders = later["test"] | (later["validation"] if split == "train" else set())
                 if holders:
                     code[np.fromiter((h in holders for h in hashes.tolist()), bool, len(hashes))] = DROPPED
-            codes[split].append(code)
+            codes[origin].append(code)
     return codes
 
 
-def _some_rows(task: Task, parts: list[Part], codes: list[np.ndarray]) -> pa.Table:
-    """Training rows to learn labels, means and tokenizers from: the first FIT_ROWS."""
-    tables, total = [], 0
-    for part, code in zip(parts, codes, strict=True):
-        rows = _named_rows(part.read().select(task.required_columns()), part.name)
-        tables.append(rows.filter(pa.array(code == SPLITS.index("train"))))
-        total += tables[-1].num_rows
-        if total >= FIT_ROWS:
-            break
-    if total == 0:
+def _some_rows(task: Task, sources: dict[Origin, list[Part]], codes: dict[Origin, list[np.ndarray]]) -> pa.Table:
+    """Training rows to learn labels, means and tokenizers from: the first FIT_ROWS, of each source equally many."""
+    training = [origin for origin in sources if origin.split == "train"]
+    tables = []
+    for origin in training:
+        total = 0
+        for part, code in zip(sources[origin], codes[origin], strict=True):
+            rows = _named_rows(part.read().select(task.required_columns()), part.name)
+            tables.append(rows.filter(pa.array(code == SPLITS.index("train"))))
+            total += tables[-1].num_rows
+            if total >= FIT_ROWS // len(training):
+                break
+    if not any(table.num_rows for table in tables):
         raise Refused("data.train", "the training split holds no rows")
-    return pa.concat_tables(tables)
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise Refused(training[-1].field, f"the columns of its rows differ in type: {error}") from error
 
 
 def _named_rows(table: pa.Table, name: str) -> pa.Table:
@@ -243,9 +277,23 @@ def _named_rows(table: pa.Table, name: str) -> pa.Table:
     return table.append_column(ROW_NAME, pa.array(names, pa.string()))
 
 
+def first_id(split: str, origin: Origin, part: int) -> int:
+    """The `sample_id` of row 0 of what a part gives to a split. Ids are unique over the whole data set: from the top, 2
+    bits for the split, 8 for the number of the source, 20 for the part, 32 for the row. (No split has rows both of a
+    source of its own and carved from others.)"""
+    if part >= 1 << 20:
+        raise Refused(origin.field, f"it has more than {1 << 20} parts", "make larger files or row groups")
+    return (SPLITS.index(split) << 60) | (origin.number << 52) | (part << 32)
+
+
+def source_number(sample_ids: np.ndarray) -> np.ndarray:
+    """The number in its mixture of the source that each sample came from."""
+    return (sample_ids >> 52) & 0xFF
+
+
 @dataclass(frozen=True)
 class _Job:
-    source: str
+    origin: Origin
     index: int
     part: Part
     code: np.ndarray
@@ -267,15 +315,14 @@ class _Write:
             if chosen.num_rows == 0:
                 continue
             prepared = task.prepare(chosen, processor, job.part.name)
-            # Unique over the whole data set: source, part, row.
-            first = (SPLITS.index(job.source) << 60) | (job.index << 32)
+            first = first_id(split, job.origin, job.index)
             rows = (
                 np.flatnonzero(job.code == code)
                 if prepared.num_rows == chosen.num_rows
                 else np.arange(prepared.num_rows)
             )
             prepared = prepared.append_column("sample_id", pc.add(pa.array(rows, pa.int64()), first))
-            target = self.folder / split / f"{job.source}-{job.index:05d}.parquet"
+            target = self.folder / split / f"{job.origin.split}-{job.origin.number:03d}-{job.index:05d}.parquet"
             target.parent.mkdir(exist_ok=True)
             pq.write_table(prepared, target)
             written[split] = prepared.num_rows

@@ -12,7 +12,7 @@ from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
-from heliostat.train import ledger
+from heliostat.train import ledger, samples
 from heliostat.train.errors import Unrecoverable
 from heliostat.train.faults import Fault
 from heliostat.train.guard import read_bad_steps
@@ -122,6 +122,8 @@ def fit(
     outcome = json.loads((run_dir / OUTCOME_FILE).read_text())
     if outcome["status"] == "refused":
         raise Refused(outcome["field"], outcome["reason"], outcome["suggestion"])
+    if recipe.data.log_samples:
+        samples.collect(run_dir, recipe)
     return outcome | report(run_dir, started)
 
 

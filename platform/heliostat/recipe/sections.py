@@ -65,10 +65,19 @@ class Model(Section):
     """Batch normalisation over the global batch (all ranks) instead of each rank's own rows."""
 
 
+class MixtureSource(Section):
+    source: str
+    """As `data.train`."""
+    weight: PositiveFloat
+    """Its share of training rows, relative to the weights of the others."""
+
+
 class Data(Section):
     train: str = ""
     """`packaged:NAME/SPLIT`, `hf://USER/NAME/SPLIT`, or a Parquet, CSV, JSONL or Arrow file, folder or glob,
     local or on `s3://` or `gs://`."""
+    mixture: Annotated[dict[str, MixtureSource], Field(max_length=256)] = {}
+    """Several named training sources with weights, in place of `train`. JSON."""
     validation: str = ""
     """Empty: `validation_fraction` of the training rows, chosen by `seed`."""
     test: str = ""
@@ -79,7 +88,7 @@ class Data(Section):
     label_column: str = "label"
     image_column: str = "image"
     limit: PositiveInt | None = None
-    """Train on this many rows (a fixed random choice): short trials, smoke tests."""
+    """Train on this many rows (a fixed random choice, of each source in proportion): short trials, smoke tests."""
     sequence_length: PositiveInt = 512
     """Tokens a row of a language model's training data holds."""
     bucket_batches: Count = 0
@@ -91,6 +100,18 @@ class Data(Section):
     isolate_documents: bool = False
     """Packed documents see only themselves, and their positions start anew (block-diagonal attention). What a row cuts
     off a document is a document of its own in the next."""
+    prefetch: Count = 2
+    """Steps whose rows are read and collated in advance, on a thread. 0: off."""
+    log_samples: bool = False
+    """Keep which rows each step was fed, and write them to `samples.parquet` in the run's folder at its end."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if self.train and self.mixture:
+            raise Refused("data.mixture", "data.train names a source, too", "use one of the two")
+        if "" in self.mixture:
+            raise Refused("data.mixture", "a source has no name", "name it")
+        return self
 
 
 class Optimizer(Section):

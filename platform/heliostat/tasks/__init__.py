@@ -123,7 +123,8 @@ class Task:
     # -- from prepared rows to losses
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
-        """`length` fixes the padded length (pipelines need equal micro-batches)."""
+        """`length` fixes the padded length (pipelines need equal micro-batches). Runs on a thread beside a step, so
+        what is random must come from (seed, epoch, sample), never from a generator that others draw from."""
         raise NotImplementedError
 
     def model_config(self) -> dict[str, Any]:
@@ -210,8 +211,10 @@ def pad_lists(column: pa.Array, fill: int, length: int | None = None, multiple: 
     """A list column as a (B, T) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`)."""
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy()[offsets[0] : offsets[-1]]
-    lengths = np.diff(offsets)
+    lengths = offsets[1:] - offsets[:-1]
     width = length or -(-int(lengths.max(initial=1)) // multiple) * multiple
+    if len(values) == len(lengths) * width:  # nothing to pad
+        return torch.from_numpy(values.reshape(-1, width).astype(np.int64))
     padded = np.full((len(lengths), width), fill, np.int64)
     padded[np.arange(width) < lengths[:, None]] = values
     return torch.from_numpy(padded)

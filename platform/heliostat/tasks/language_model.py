@@ -66,19 +66,21 @@ class LanguageModel(Task):
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
         ids_BT = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length)
-        lengths = torch.from_numpy(rows.column("length").to_numpy().astype(np.int64))
-        inside_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
-        inputs, predicted_BT = {"input_ids": ids_BT}, inside_BT
+        lengths = rows.column("length").to_numpy()
+        inputs = {"input_ids": ids_BT}
+        # The label of position t is token t + 1; a document's last has none.
+        labels_BT = torch.empty_like(ids_BT)
+        labels_BT[:, :-1], labels_BT[:, -1] = ids_BT[:, 1:], IGNORED
         if DOCUMENTS in rows.table.column_names:
             # No mask: without one, transformers finds the documents in their positions. Each padded position is a
             # document of its own, so that none sees nothing.
             positions_BT = document_positions(rows.column("input_ids"), rows.column(DOCUMENTS), ids_BT.shape[1])
-            inputs["position_ids"], predicted_BT = positions_BT, positions_BT > 0
-        elif not bool(inside_BT.all()):
+            inputs["position_ids"] = positions_BT
+            labels_BT[:, :-1].masked_fill_(positions_BT[:, 1:] == 0, IGNORED)
+        elif lengths.min() < ids_BT.shape[1]:
+            inside_BT = torch.arange(ids_BT.shape[1]) < torch.from_numpy(lengths.astype(np.int64))[:, None]
             inputs["attention_mask"] = inside_BT.long()
-        # The label of position t is token t + 1; a document's last has none.
-        labels_BT = torch.full_like(ids_BT, IGNORED)
-        labels_BT[:, :-1] = ids_BT[:, 1:].masked_fill(~predicted_BT[:, 1:], IGNORED)
+            labels_BT[:, :-1].masked_fill_(~inside_BT[:, 1:], IGNORED)
         return Batch(inputs, {"labels": labels_BT}, torch.from_numpy(rows.row_weight_B), rows.sample_ids)
 
     def model_config(self) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import transformers
 
 from heliostat.curves import METRICS_FILE, Recorder
-from heliostat.data.loader import Cursor, Loader, check_resume, open_split, subset
+from heliostat.data.loader import Cursor, Loader, check_resume, open_split, training_loader
 from heliostat.data.prepare import Prepared, read_prepared
 from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model
@@ -25,13 +27,15 @@ from heliostat.parallel.context import check_task, padded_length, split_batch
 from heliostat.parallel.mesh import Layout, make_layout
 from heliostat.parallel.parallelize import full_state, parallelize
 from heliostat.recipe import Recipe, Refused, write_atomically
-from heliostat.tasks import Rows, Task
+from heliostat.tasks import Batch, Rows, Task
 from heliostat.train import checkpoint
 from heliostat.train.errors import DiskFull
 from heliostat.train.faults import Fault, Injector
 from heliostat.train.guard import Guard
 from heliostat.train.ledger import Ledger
 from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
+from heliostat.train.prefetch import Prefetcher
+from heliostat.train.samples import open_log
 from heliostat.train.step import StepResult, TrainStep
 from heliostat.train.watchdog import Watchdog
 
@@ -93,7 +97,7 @@ class Run:
         self.layout: Layout = make_layout(recipe.parallelism)
         self.task: Task = prepared.task(recipe)
         check_task(self.task, recipe.parallelism.context)
-        self.loader = self._loader()
+        self.loader = training_loader(recipe, prepared)
         self.validation = self._validation()
         # A check of the model is a forward pass, which takes all of it.
         model = build_model(self.task, defer=not recipe.data.isolate_documents)
@@ -117,14 +121,9 @@ class Run:
         # Steps that an earlier attempt made and lost are replayed.
         self.replay_until = self.recorder.last_step
         self._stop_checked = 0.0
+        self.samples = open_log(recipe, run_dir, self.layout, self.ledger, self.progress.step)
 
     # -- setting up
-
-    def _loader(self) -> Loader:
-        data, training = self.recipe.data, self.recipe.training
-        table = subset(open_split(self.prepared.folder, "train"), data.limit, self.recipe.seed)
-        fingerprint = self.prepared.fingerprint if data.limit is None else f"{self.prepared.fingerprint}:{data.limit}"
-        return Loader(table, self.recipe.seed, training.global_batch_size, fingerprint, data.bucket_batches)
 
     def _validation(self) -> Loader:
         """Sorted by length, and in batches that every rank has a share of."""
@@ -170,13 +169,14 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Train to the end, or to a stop; returns the outcome (the same on every rank)."""
         try:
-            return self._train()
+            with closing(self._input()) as batches:
+                return self._train(batches)
         finally:
             self.ledger.save()  # also of an attempt that fails
             if self.watchdog is not None:
                 self.watchdog.stop()
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self, batches_by_step: Iterator[list[Batch]]) -> dict[str, Any]:
         status = "done"
         progress, ledger = self.progress, self.ledger
         pending: tuple[int, StepResult, float] | None = None
@@ -184,12 +184,15 @@ class Run:
         started, cpu_started = time.perf_counter(), time.process_time()
         while progress.step < self.total:
             with ledger("input"):
-                batches = self._batches(progress.cursor, train=True)
+                batches = next(batches_by_step)
+                on_device = [batch.to(self.layout.device) for batch in batches]
             with ledger("replay" if progress.step < self.replay_until else "step"):
                 lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, progress.step, self.total)
                 set_lr(self.optimizer, lr)
-                result = self.guard(progress.step + 1, batches, self._seed, stop=self._stop_wanted())
+                result = self.guard(progress.step + 1, on_device, self._seed, stop=self._stop_wanted())
                 progress.step += 1
+                if self.samples is not None:
+                    self.samples.step(progress.step, batches)
                 progress.cursor = self.loader.next(progress.cursor)
                 if self.average is not None:
                     self.average.update(progress.step)
@@ -230,7 +233,14 @@ class Run:
         if self.first:
             self.recorder.step(step, result.figures() | {"lr": lr})
 
-    def _batches(self, cursor: Cursor, train: bool) -> list[Any]:
+    def _input(self) -> Generator[list[Batch], None, None] | Prefetcher[Cursor, list[Batch]]:
+        """The batches of the steps that are left, on CPU."""
+        first, left, ahead = self.progress.cursor, self.total - self.progress.step, self.recipe.data.prefetch
+        cursors = (self.loader.advance(first, step) for step in range(left))
+        make = partial(self._batches, train=True)
+        return Prefetcher(make, cursors, ahead) if ahead else (make(cursor) for cursor in cursors)
+
+    def _batches(self, cursor: Cursor, train: bool) -> list[Batch]:
         loader, parallelism = self.loader if train else self.validation, self.recipe.parallelism
         rows = loader.read(
             cursor, self.layout.coordinate, self.recipe.training.micro_batch_size, fill=parallelism.pipeline > 1
@@ -238,7 +248,7 @@ class Run:
         collated = [self.task.collate(item, train, cursor.epoch, self._padded_length(item)) for item in rows]
         if parallelism.context > 1:
             collated = [split_batch(batch, parallelism.context, self.layout.context_rank) for batch in collated]
-        return [batch.to(self.layout.device) for batch in collated]
+        return collated
 
     def _seed(self) -> None:
         """Dropout is a function of (seed, step, share), not of history: resuming needs no generator state."""
@@ -300,7 +310,7 @@ class Run:
         names: tuple[str, ...] = ()
         for number in range(self.validation.batches_per_epoch):
             self._beat()
-            batches = self._batches(Cursor(0, number), train=False)
+            batches = [batch.to(self.layout.device) for batch in self._batches(Cursor(0, number), train=False)]
             micro = self.step.forward_only(batches)
             names = self._metric_names(micro)
             part, _ = self.step.global_sums(micro, False, names)
@@ -323,6 +333,8 @@ class Run:
     def _checkpoint(self) -> None:
         with self.ledger("checkpoint"):
             self.recorder.flush()
+            if self.samples is not None:  # every rank, before any can call the checkpoint complete
+                self.samples.flush()
             try:
                 self.faults.before_checkpoint(self.progress.step)
                 checkpoint.save(
