@@ -58,7 +58,7 @@ class Options:
     workers: int = 2
     """prove, drill: processes of each layout (or run); what a layout does not take is filled up by replication."""
     faults: str = ""
-    """drill: any of `kill,hang,nan,disk_full,truncate`. Empty: all of them."""
+    """drill: any of `kill,hang,nan,truncate`. Empty: all of them."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 

@@ -26,10 +26,10 @@ def test_a_run_shrinks_and_grows_and_stays_the_same(tmp_path: Path) -> None:
             "parallelism.workers": 2,
             "parallelism.min_workers": 1,
             "recovery.grow_every_s": 3.0,
-            "schedule.max_steps": 4000,
+            "schedule.max_steps": 2500,
             "checkpoint.every_steps": 25,
             "training.keep_best": False,
-            "training.evaluate_every_steps": 4000,
+            "training.evaluate_every_steps": 2500,
         },
     )
     recipe.save(tmp_path / "recipe.json")

@@ -93,7 +93,7 @@ def test_interrupt_writes_a_checkpoint_and_resumes(recipe_file: Path) -> None:
     runs = recipe_file.parent / "storage" / "runs"
     process = start("train", "--recipe", str(recipe_file), "--run-name", "interrupted")
     wait_for(lambda: last_step(runs / "interrupted") > 30)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as from Ctrl-C, which other tests send
     done = finish(process)
     assert done.code == 130, done.stderr[-3000:]
     assert done.answer["status"] == "interrupted"

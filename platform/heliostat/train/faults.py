@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from heliostat.recipe import write_atomically
 from heliostat.tasks import Batch
 from heliostat.train.checkpoint import complete
 
-KINDS = ("kill", "hang", "nan", "disk_full", "truncate")
+KINDS = ("kill", "hang", "nan", "truncate")
 FAULT_FILE = "fault.json"
 """In the run's folder: that the fault was injected, and when; a later attempt is left alone."""
 
@@ -24,8 +23,8 @@ FAULT_FILE = "fault.json"
 @dataclass(frozen=True)
 class Fault:
     """`kill`: the process gets SIGKILL after the step. `hang`: it never comes back from the step. `nan`: its share of
-    the step's loss is not a number, once. `disk_full`: its first checkpoint from the step on finds no room. `truncate`:
-    the newest checkpoint loses its last byte after the step, and the process gets SIGKILL."""
+    the step's loss is not a number, once. `truncate`: the newest checkpoint loses its last byte after the step, and the
+    process gets SIGKILL."""
 
     kind: str
     step: int
@@ -60,11 +59,6 @@ class Injector:
             largest = max(found[-1].path.glob("*.distcp"), key=lambda file: file.stat().st_size)
             os.truncate(largest, largest.stat().st_size - 1)
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def before_checkpoint(self, step: int) -> None:
-        if self._now("disk_full", step):
-            self._note()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _now(self, kind: str, step: int) -> bool:
         return self.armed and self.fault is not None and self.fault.kind == kind and step >= self.fault.step

@@ -336,7 +336,6 @@ class Run:
             if self.samples is not None:  # every rank, before any can call the checkpoint complete
                 self.samples.flush()
             try:
-                self.faults.before_checkpoint(self.progress.step)
                 checkpoint.save(
                     self.checkpoints,
                     self.progress.step,
