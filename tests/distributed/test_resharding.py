@@ -71,7 +71,12 @@ def load_and_save(recipe: Recipe, data: Path, source: Path, target: Path) -> Non
     ranks = Run(recipe, read_prepared(data), target / "run", resume=source)
     parallel = ranks.parallel
     checkpoint.save(
-        target / "checkpoints", 3, ranks.progress.as_dict(ranks.loader), parallel.model, ranks.optimizer, None
+        target / "checkpoints",
+        3,
+        ranks.progress.as_dict(ranks.loader, ranks.guard.losses),
+        parallel.model,
+        ranks.optimizer,
+        None,
     )
     state = full_state(parallel)
     if ranks.first:
