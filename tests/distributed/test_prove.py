@@ -123,7 +123,7 @@ def test_routing_that_differs_is_said(tmp_path: Path) -> None:
     """Of each token of the last step every layer's choices are counted once, and other weights choose otherwise."""
     recipe = proof_recipe(family("mixtral", tmp_path), tmp_path / "storage")
     make_data(tmp_path / "data")
-    for name, lr in (("one", 1e-3), ("other", 1e-2)):
+    for name, lr in (("one", 1e-3), ("other", 2e-3)):
         _run(override(recipe, {"optimizer.lr": lr}), 1, tmp_path, name)
     choices = json.loads((tmp_path / "one" / "rank-0.json").read_text())["routing"]
     last = read_metrics(tmp_path / "one" / METRICS_FILE)[STEPS - 1]
@@ -133,7 +133,7 @@ def test_routing_that_differs_is_said(tmp_path: Path) -> None:
     assert routing_agreement(tmp_path / "one", tmp_path / "one") == 1.0
     agreement = routing_agreement(tmp_path / "one", tmp_path / "other")
     assert agreement is not None
-    assert 0.5 < agreement < 1.0
+    assert 0.5 < agreement < 1.0  # choosing two of four at random would agree on half
 
 
 def test_what_cannot_be_proven_is_refused(tmp_path: Path) -> None:
