@@ -1,4 +1,4 @@
-"""`python -m pipelines.drill RECIPE --faults kill,hang,nan,truncate --workers 2`: what each fault costs on
+"""`python -m pipelines.drill RECIPE --faults kill,hang,nan,disk_full,truncate --workers 2`: what each fault costs on
 this cluster, and whether the run ends as if nothing had happened."""
 
 import sys

@@ -58,7 +58,7 @@ class Options:
     workers: int = 2
     """prove, drill: processes of each layout (or run); what a layout does not take is filled up by replication."""
     faults: str = ""
-    """drill: any of `kill,hang,nan,truncate`. Empty: all of them."""
+    """drill: any of `kill,hang,nan,disk_full,truncate`. Empty: all of them."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 
@@ -209,7 +209,7 @@ def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
     if options.resume == "last":
         # Runs carry the time in their names' end and their recipe's name in front.
         candidates = sorted(
-            (path for path in runs.glob(f"{recipe.name}-*") if (path / "checkpoints").is_dir()),
+            (path for path in runs.glob(f"{recipe.name}-*") if _resumable(path)),
             key=lambda p: p.stat().st_mtime,
         )
         if not candidates:
@@ -217,13 +217,19 @@ def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
         return candidates[-1]
     if options.resume:
         path = Path(options.resume).expanduser().absolute()
-        if not (path / "checkpoints").is_dir():
+        if not _resumable(path):
             raise Refused("resume", f"{path} is not a run's folder with checkpoints", "name a folder in STORAGE/runs")
         return path
     run_name = options.run_name or f"{recipe.name}-{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     if run_name != Path(run_name).name:
         raise Refused("run_name", f"{run_name!r} is not a folder's name")
     return runs / run_name
+
+
+def _resumable(path: Path) -> bool:
+    """Whether a run's folder has checkpoints, or says that they are elsewhere."""
+    recipe = path / "recipe.json"
+    return (path / "checkpoints").is_dir() or (recipe.is_file() and bool(load(recipe).checkpoint.storage))
 
 
 @contextlib.contextmanager

@@ -77,11 +77,12 @@ def test_killed_and_resumed_equals_one_worker(seed: int, tmp_path: Path) -> None
     data, run_dir = prepared(recipe).folder, tmp_path / "killed"
     run(1, train, recipe, data, tmp_path / "one")
     reached = [0]
-    for workers, low, high in ((2, 6, 9), (1, 6, 9)):
+    for workers in (2, 1):
         laid_out = override(recipe, {"parallelism.workers": workers})
+        # A checkpoint is begun at every fourth step, and is there at the latest when the next is begun.
         killed(
             workers, tmp_path / f"rendezvous-{workers}", laid_out, data, run_dir,
-            draw.randint(low, high), draw.uniform(0, 0.05),
+            draw.randint(9, 12), draw.uniform(0, 0.05),
         )  # fmt: skip
         reached.append(complete(run_dir / "checkpoints")[-1].manifest["step"])
     assert 0 < reached[1] < reached[2] < STEPS

@@ -5,14 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -21,71 +16,22 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from heliostat.data.prepare import prepare
 from heliostat.data.sources import open_source
 from heliostat.launch.batch import run_on_ray
 from heliostat.recipe import Refused
-from tests.ports import free_port
+from tests.object_stores import gs, s3
 from tests.unit.test_prepare import recipe_for, rows_of, source_rows
 
 FILES = {f"train/part-{number}.parquet": source_rows(60, number) for number in range(5)}
 
 
-def until_it_answers(port: int, within_s: float = 60) -> None:
-    end = time.monotonic() + within_s
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert time.monotonic() < end, f"nothing answers at port {port}"
-            time.sleep(0.1)
-
-
-def fill(filesystem: pyarrow.fs.FileSystem) -> None:
+def fill(address: str) -> None:
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(address.format(""))
     for name, table in FILES.items():
         with filesystem.open_output_stream(f"reviews/{name}") as stream:
             pq.write_table(table, stream)
-
-
-@contextmanager
-def s3(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    patch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"endpoint_override": f"{host}:{port}", "scheme": "http", "region": "us-east-1"}
-    filesystem = pyarrow.fs.S3FileSystem(**options, allow_bucket_creation=True)
-    filesystem.create_dir("reviews")
-    fill(filesystem)
-    yield "s3://reviews{}?" + "&".join(f"{key}={value}" for key, value in options.items())
-    server.stop()
-
-
-@contextmanager
-def gs(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    port = free_port()
-    # A process of its own: pyarrow keeps Python's lock while it waits for the store.
-    command = [str(Path(sys.executable).with_name("gcp-storage-emulator")), "start", "--in-memory"]
-    server = subprocess.Popen(
-        [*command, "--host=127.0.0.1", f"--port={port}", "--default-bucket=reviews"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        until_it_answers(port)
-        endpoint = f"127.0.0.1:{port}"
-        filesystem = pyarrow.fs.GcsFileSystem(
-            anonymous=True, endpoint_override=endpoint, scheme="http", retry_time_limit=timedelta(seconds=10)
-        )
-        fill(filesystem)
-        yield f"gs://anonymous@reviews{{}}?endpoint_override={endpoint}&scheme=http&retry_limit_seconds=10"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -173,6 +119,8 @@ def hub(patch: pytest.MonkeyPatch) -> Iterator[str]:
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An address with a place for the path."""
     with request.param(monkeypatch) as address:
+        if request.param is not hub:
+            fill(address)
         yield address
 
 
@@ -208,6 +156,7 @@ def test_globs_and_what_is_not_there(store: str) -> None:
 
 def test_prepared_on_a_cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with s3(monkeypatch) as address:
+        fill(address)
         # Ray's workers, started before the credentials were set, take them from the address.
         address = address.replace("s3://", "s3://anyone:anything@")
         prepared, made = prepare(recipe_for(tmp_path, address.format("/train")), run_on_ray)

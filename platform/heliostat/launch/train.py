@@ -16,7 +16,8 @@ from heliostat.train import ledger, samples
 from heliostat.train.errors import Unrecoverable
 from heliostat.train.faults import Fault
 from heliostat.train.guard import read_bad_steps
-from heliostat.train.loop import LEDGER, OUTCOME_FILE, STOP_FILE, train
+from heliostat.train.loop import CHECKPOINT_FAULTS_FILE, LEDGER, OUTCOME_FILE, STOP_FILE, train
+from heliostat.train.notes import read_notes
 
 PLACEMENT_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
 """Ray Train's setting for runs that take the workers there are. It may count on a node that is gone already, and would
@@ -141,6 +142,7 @@ def report(run_dir: Path, started: float) -> dict[str, Any]:
         "goodput": book["goodput"],
         "attempts": book["attempts"],
         "bad_steps": read_bad_steps(run_dir),
+        "checkpoint_faults": read_notes(run_dir / CHECKPOINT_FAULTS_FILE),
     }
 
 

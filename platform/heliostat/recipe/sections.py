@@ -237,6 +237,12 @@ class Parallelism(Section):
 class Checkpoint(Section):
     every_steps: Count = 0
     """0: at the end of each epoch."""
+    storage: str = ""
+    """Where they lie: a folder, or an object store's address (`s3://BUCKET/FOLDER`, `gs://…`), below which each run has
+    a folder of its name. Empty: in the run's own folder."""
+    asynchronous: bool = True
+    """Training goes on once the state is copied to the CPU's memory, and a thread writes it. False: it waits, and needs
+    no room for the copy."""
     keep: PositiveInt = 2
     max_failures: Count = 3
     """How often a failed run is started again from its last checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from heliostat.recipe import Recovery
 from heliostat.tasks import Batch
 from heliostat.train.errors import BadStep, Unrecoverable
 from heliostat.train.faults import Injector
+from heliostat.train.notes import note, read_notes
 from heliostat.train.step import StepResult, TrainStep
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
@@ -107,12 +107,9 @@ class Guard:
 
     def _note(self, number: int, reason: str, cause: str, action: str) -> None:
         if self.first:
-            record = {"step": number, "reason": reason, "cause": cause, "action": action}
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+            note(self.file, {"step": number, "reason": reason, "cause": cause, "action": action})
 
 
 def read_bad_steps(run_dir: Path) -> list[dict[str, Any]]:
     """One record a bad step: step (the first is 1), reason, cause (data or hardware), action."""
-    file = run_dir / BAD_STEPS_FILE
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return read_notes(run_dir / BAD_STEPS_FILE)

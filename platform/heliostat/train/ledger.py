@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.recipe import write_atomically
+from heliostat.train.notes import note, read_notes
 
 CLASSES = {
     "start_up": "until the first attempt's model stands",
@@ -73,13 +74,11 @@ class Ledger:
 
 def note_failure(folder: Path, reasons: dict[int, str]) -> None:
     """Write down that workers failed, by rank, and that it was noticed now."""
-    with (folder / FAILURES_FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "reasons": reasons}) + "\n")
+    note(folder / FAILURES_FILE, {"time": time.time(), "reasons": reasons})
 
 
 def failures(folder: Path) -> list[dict[str, Any]]:
-    file = folder / FAILURES_FILE
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return read_notes(folder / FAILURES_FILE)
 
 
 def summarise(folder: Path, started: float, ended: float) -> dict[str, Any]:

@@ -3,8 +3,8 @@ torch.distributed; it knows nothing of who started it."""
 
 from __future__ import annotations
 
-import errno
 import json
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -29,21 +29,26 @@ from heliostat.parallel.parallelize import full_state, parallelize
 from heliostat.recipe import Recipe, Refused, write_atomically
 from heliostat.tasks import Batch, Rows, Task
 from heliostat.train import checkpoint
-from heliostat.train.errors import DiskFull
+from heliostat.train.checkpoint import Place
 from heliostat.train.faults import Fault, Injector
 from heliostat.train.guard import Guard
 from heliostat.train.ledger import Ledger
+from heliostat.train.notes import note
 from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
 from heliostat.train.prefetch import Prefetcher
 from heliostat.train.samples import open_log
 from heliostat.train.step import StepResult, TrainStep
 from heliostat.train.watchdog import Watchdog
 
+logger = logging.getLogger("heliostat")
+
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
 BUNDLE = "bundle"
 LEDGER = "ledger"
 STACKS = "stacks"
+CHECKPOINT_FAULTS_FILE = "checkpoint_faults.jsonl"
+"""Checkpoints that were not to be had: step, what (rejected or missed), reason."""
 
 
 @dataclass
@@ -115,7 +120,13 @@ class Run:
         )
         self.total = total_steps(recipe.schedule, self.loader.batches_per_epoch)
         self.progress = Progress()
-        self.checkpoints = run_dir / "checkpoints"
+        self.checkpoints = checkpoint.Writer(
+            checkpoint.folder_of(recipe, run_dir),
+            recipe.checkpoint.keep,
+            recipe.checkpoint.asynchronous,
+            partial(self._note_checkpoint, "missed"),
+        )
+        self.best = checkpoint.Writer(Place.at(run_dir / "best"), 1, recipe.checkpoint.asynchronous)
         self._restore(resume)
         self.recorder = Recorder(run_dir / METRICS_FILE, self.first)
         # Steps that an earlier attempt made and lost are replayed.
@@ -148,14 +159,15 @@ class Run:
         return length if parallelism.pipeline > 1 else None
 
     def _restore(self, resume: Path | None) -> None:
-        found = checkpoint.newest(self.checkpoints)
+        outer = self.ledger.enter("restore")
+        found, rejected = checkpoint.choose(self.checkpoints.folder)
+        for each in rejected:
+            self._note_checkpoint("rejected", each.step, each.reason)
         if found is None and resume is not None:
-            found = checkpoint.newest(resume)
+            found, _ = checkpoint.choose(Place.at(resume))
             if found is None:
                 raise Refused("resume", f"{resume} holds no complete checkpoint")
-        if found is None:
-            return
-        with self.ledger("restore"):
+        if found is not None:
             cursor = check_resume(found.trainer, self.loader)
             checkpoint.load(found, self.parallel.model, self.optimizer, self.average)
             saved = found.trainer
@@ -163,6 +175,12 @@ class Run:
                 saved["step"], cursor, saved["best"], saved["best_step"], saved["evaluations_without_gain"]
             )
             self.guard.losses = saved.get("recent_losses", [])
+        self.ledger.enter(outer)
+
+    def _note_checkpoint(self, what: str, step: int, reason: str) -> None:
+        if self.first:
+            logger.warning("the checkpoint of step %d was %s: %s", step, what, reason)
+            note(self.run_dir / CHECKPOINT_FAULTS_FILE, {"step": step, "what": what, "reason": reason})
 
     # -- the loop
 
@@ -214,7 +232,7 @@ class Run:
                 if pending is not None:
                     self._record(*pending)
                     pending = None
-                self._checkpoint()
+                self._checkpoint(settle=stopped or last)
             self.faults.after_step(progress.step, self.checkpoints)
             if stopped:
                 status = "interrupted"
@@ -292,7 +310,7 @@ class Run:
             if better:
                 progress.best, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
                 if training.keep_best and self.write_bundle:
-                    checkpoint.save(self.run_dir / "best", progress.step, {}, self.parallel.model, None, None, keep=1)
+                    self.best.save(progress.step, {}, self.parallel.model)
             else:
                 progress.evaluations_without_gain += 1
             if self.average is not None:
@@ -330,27 +348,22 @@ class Run:
             names = max(every, key=len)
         return names
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, settle: bool) -> None:
+        """`settle`: it is to be there when this returns. Otherwise training goes on while it is written."""
         with self.ledger("checkpoint"):
             self.recorder.flush()
             if self.samples is not None:  # every rank, before any can call the checkpoint complete
                 self.samples.flush()
-            try:
-                checkpoint.save(
-                    self.checkpoints,
-                    self.progress.step,
-                    self.progress.as_dict(self.loader, self.guard.losses),
-                    self.parallel.model,
-                    self.optimizer,
-                    self.average,
-                    keep=self.recipe.checkpoint.keep,
-                )
-            except BaseException as error:
-                if disk_full(error):
-                    raise DiskFull(
-                        f"the disk of {self.checkpoints} is full: no checkpoint of step {self.progress.step}"
-                    ) from error
-                raise
+            self.faults.before_checkpoint(self.progress.step, self.checkpoints)
+            self.checkpoints.save(
+                self.progress.step,
+                self.progress.as_dict(self.loader, self.guard.losses),
+                self.parallel.model,
+                self.optimizer,
+                self.average,
+            )
+            if settle:
+                self.checkpoints.settle()
 
     def _finish(self, status: str, spent: dict[str, float]) -> dict[str, Any]:
         self.recorder.close()
@@ -366,6 +379,7 @@ class Run:
         }
         if status != "interrupted" and self.write_bundle:
             if self.recipe.training.keep_best:
+                self.best.settle()
                 found = checkpoint.newest(self.run_dir / "best")
                 assert found is not None
                 checkpoint.load(found, self.parallel.model, None, None)
@@ -387,24 +401,6 @@ class Run:
         if self.first:
             write_atomically(self.run_dir / OUTCOME_FILE, json.dumps(outcome))
         return outcome
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, its causes or its ranks' errors (checkpointing gathers them) are about a full disk."""
-    if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    inner = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
-    # torch's zip writer raises RuntimeErrors that carry the system's words only.
-    words = str(error)
-    return (
-        "No space left on device" in words
-        or "file write failed" in words
-        or "unexpected pos" in words
-        or any(disk_full(each) for each in inner)
-        or disk_full(error.__cause__)
-    )
 
 
 def train(recipe: Recipe, prepared_folder: Path, run_dir: Path, **options: Any) -> dict[str, Any]:

@@ -97,10 +97,10 @@ def collect(run_dir: Path, recipe: Recipe) -> Path:
     was left out as bad taught nothing.
 
     The run must not be training."""
-    newest = checkpoint.newest(run_dir / "checkpoints")
+    newest = checkpoint.newest(checkpoint.folder_of(recipe, run_dir))
     names = sorted(recipe.data.mixture) or ["train"]
     left_out = [record["step"] for record in read_bad_steps(run_dir) if record["cause"] == "data"]
-    return write_samples(run_dir, newest.manifest["step"] if newest else 0, names, left_out)
+    return write_samples(run_dir, newest.step if newest else 0, names, left_out)
 
 
 def write_samples(run_dir: Path, surviving: int, names: Sequence[str], left_out: Sequence[int] = ()) -> Path:

@@ -1,14 +1,10 @@
-"""Sharded checkpoints through torch.distributed.checkpoint, published by a manifest that is written last.
-
-FOLDER/step-00000120/*.distcp  .metadata  manifest.json
-"""
+"""What a checkpoint holds of a model and its optimizer, and how it gets back into them."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,59 +19,26 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
-from heliostat.recipe import Refused, write_atomically
+from heliostat.train.checkpoint.find import Found
+from heliostat.train.checkpoint.place import Streams
 from heliostat.train.optim import MovingAverage
 
-CHECKPOINT_VERSION = 1
-MANIFEST = "manifest.json"
 
-
-@dataclass(frozen=True)
-class Found:
-    """A complete checkpoint."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def trainer(self) -> dict[str, Any]:
-        return self.manifest["trainer"]
-
-
-def save(
-    folder: Path,
-    step: int,
-    trainer: dict[str, Any],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    average: MovingAverage | None,
-    keep: int | None = None,
-) -> Path:
-    """Write a checkpoint; it exists once its manifest does. On an error nothing of it is left.
+def capture(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, average: MovingAverage | None
+) -> dict[str, Any]:
+    """Model, optimizer and averaged weights by name; tensors are the live ones where they can be.
 
     Collective: every rank must call it, in the same order."""
-    path = folder / f"step-{step:08d}"
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
-        shutil.rmtree(path, ignore_errors=True)  # what an earlier attempt left half-written
-        path.mkdir(parents=True)
-    _barrier()
-    try:
-        dcp.save(
-            _in_one_piece(_state(model, optimizer, average)), checkpoint_id=path, no_dist=not dist.is_initialized()
-        )
-        if first:
-            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-            manifest = {"version": CHECKPOINT_VERSION, "step": step, "trainer": trainer, "files": sizes}
-            write_atomically(path / MANIFEST, json.dumps(manifest))
-    except BaseException:
-        if first:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-    if first and keep is not None:
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
-    return path
+    return _in_one_piece(_state(model, optimizer, average))
+
+
+@contextmanager
+def alone_is_fine() -> Iterator[None]:
+    """PyTorch warns whoever saves or loads in a process of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def load(
@@ -86,7 +49,10 @@ def load(
     Collective: every rank must call it, in the same order."""
     own = _state(model, optimizer, average)
     state = _in_one_piece(own)
-    dcp.load(state, checkpoint_id=found.path, no_dist=not dist.is_initialized())
+    reader = dcp.FileSystemReader(found.place.path)
+    reader.fs, reader.path = Streams(found.place), found.place.path
+    with alone_is_fine():
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     state = tree_map(_as_laid_out, state, own)
     set_state_dict(
         model,
@@ -139,29 +105,3 @@ def _state(model: Any, optimizer: Any, average: MovingAverage | None) -> dict[st
     if average is not None:
         state["average"] = average.state_dict()
     return state
-
-
-def complete(folder: Path) -> list[Found]:
-    """The complete checkpoints in a folder, oldest first. One whose files are missing or cut short is left out."""
-    found = []
-    for path in sorted(folder.glob("step-*")):
-        manifest_path = path / MANIFEST
-        if not manifest_path.is_file():
-            continue
-        manifest = json.loads(manifest_path.read_text())
-        if manifest["version"] > CHECKPOINT_VERSION:
-            raise Refused("resume", f"{path} was written by a newer Heliostat", "upgrade this one")
-        sizes = {name: (path / name).stat().st_size if (path / name).is_file() else -1 for name in manifest["files"]}
-        if sizes == manifest["files"]:
-            found.append(Found(path, manifest))
-    return found
-
-
-def newest(folder: Path) -> Found | None:
-    found = complete(folder)
-    return found[-1] if found else None
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
