@@ -143,3 +143,21 @@ def test_asynchronous_or_not_is_the_same_run(whole: tuple[Recipe, Path, Path], t
     shards = {step: {name: said for name, said in files.items() if name != ".metadata"} for step, files in one.items()}
     assert list(one) == list(two) == [6, 8, 10]
     assert all(said == two[step][name] for step, files in shards.items() for name, said in files.items())
+
+
+def train_noticed(recipe: Recipe, data: Path, run_dir: Path) -> Any:
+    """Rank 1 hears, as the fourth step begins, that its machine has an hour left."""
+    asked = 0
+
+    def notice() -> float | None:
+        nonlocal asked
+        asked += 1
+        return time.time() + 3600 if os.environ["RANK"] == "1" and asked >= 4 else None
+
+    return train(recipe, data, run_dir, notice=notice, write_bundle=False)
+
+
+def test_what_one_rank_hears_makes_all_write(whole: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
+    recipe, data, _undisturbed = whole
+    run(2, train_noticed, override(recipe, {"checkpoint.every_steps": 0}), data, tmp_path / "run")
+    assert [found.step for found in checkpoint.complete(tmp_path / "run" / "checkpoints")] == [4, 10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -42,6 +43,7 @@ def _worker(config: dict[str, Any]) -> None:
             lineage=config["lineage"],
             watch=True,
             fault=config["fault"],
+            notice=_taken_away,
         )
     except Refused as error:
         write_atomically(
@@ -56,6 +58,18 @@ def _worker(config: dict[str, Any]) -> None:
             write_atomically(run_dir / OUTCOME_FILE, outcome)
         except OSError:
             raise error from None  # no room for a word: the error itself has to travel
+
+
+def _taken_away() -> float | None:
+    """When this run's machines will be taken away, as Ray was told (Unix time)."""
+    # What ray.train.get_preemption_info reads; that one waits for all workers, at every step.
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    context = get_train_context().preemption_context
+    info = context.preemption_info if context is not None else None
+    if info is None:
+        return None
+    return math.inf if info.deadline_ms is None else info.deadline_ms / 1000
 
 
 def fit(

@@ -15,7 +15,7 @@ from heliostat.tasks import Batch
 from heliostat.train.errors import BadStep, Unrecoverable
 from heliostat.train.faults import Injector
 from heliostat.train.notes import note, read_notes
-from heliostat.train.step import StepResult, TrainStep
+from heliostat.train.step import StepResult, TrainStep, Wishes
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
 WINDOW = 32
@@ -46,20 +46,20 @@ class Guard:
             for buffer in module.buffers()
         ]
 
-    def __call__(self, number: int, batches: list[Batch], seed: Callable[[], None], stop: bool = False) -> StepResult:
+    def __call__(self, number: int, batches: list[Batch], seed: Callable[[], None], wishes: Wishes) -> StepResult:
         """Make step `number`; `seed` makes its random numbers what they are to be. Raises BadStep or Unrecoverable.
 
         Collective: every rank must call it, with equally many micro-batches."""
         before = [buffer.clone() for buffer in self.statistics]
         seed()
-        result = self.step.gradients(self.faults.batches(number, batches), stop)
+        result = self.step.gradients(self.faults.batches(number, batches), wishes)
         reason = self.reason(result)
         if number in self.left_out:
             self._forget(before)
         elif reason:
             self._forget(before)
             seed()
-            again = self.step.gradients(batches, stop)
+            again = self.step.gradients(batches, wishes)
             if self.reason(again):
                 self._forget(before)
                 self._data_fault(number, reason)

@@ -81,6 +81,11 @@ def failures(folder: Path) -> list[dict[str, Any]]:
     return read_notes(folder / FAILURES_FILE)
 
 
+def started(folder: Path) -> float:
+    """When the first attempt began, in Unix time."""
+    return min(float(json.loads(file.read_text())["started"]) for file in folder.glob("attempt-*.json"))
+
+
 def summarise(folder: Path, started: float, ended: float) -> dict[str, Any]:
     """All attempts of a run between two wall-clock times, in seconds by class, in total and by attempt; `goodput` is
     the share of steps that count."""

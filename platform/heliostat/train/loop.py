@@ -32,12 +32,13 @@ from heliostat.train import checkpoint
 from heliostat.train.checkpoint import Place
 from heliostat.train.faults import Fault, Injector
 from heliostat.train.guard import Guard
+from heliostat.train.interval import Interval
 from heliostat.train.ledger import Ledger
 from heliostat.train.notes import note
 from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
 from heliostat.train.prefetch import Prefetcher
 from heliostat.train.samples import open_log
-from heliostat.train.step import StepResult, TrainStep
+from heliostat.train.step import StepResult, TrainStep, Wishes
 from heliostat.train.watchdog import Watchdog
 
 logger = logging.getLogger("heliostat")
@@ -90,9 +91,11 @@ class Run:
         lineage: dict[str, Any] | None = None,
         watch: bool = False,
         fault: Fault | None = None,
+        notice: Callable[[], float | None] = lambda: None,
     ) -> None:
         """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
-        run has none of its own; `watch` ends the process where it hangs; `fault` is injected, for a drill."""
+        run has none of its own; `watch` ends the process where it hangs; `fault` is injected, for a drill;
+        `notice` says when this rank's machine will be taken away (Unix time), as far as is known."""
         self.recipe, self.prepared, self.run_dir = recipe, prepared, run_dir
         self.report, self.should_stop, self.write_bundle = report, should_stop, write_bundle
         self.lineage = lineage or {}
@@ -127,6 +130,8 @@ class Run:
             partial(self._note_checkpoint, "missed"),
         )
         self.best = checkpoint.Writer(Place.at(run_dir / "best"), 1, recipe.checkpoint.asynchronous)
+        book = run_dir / LEDGER if self.first else None
+        self.interval = Interval(recipe.checkpoint, recipe.parallelism.workers, book, notice)
         self._restore(resume)
         self.recorder = Recorder(run_dir / METRICS_FILE, self.first)
         # Steps that an earlier attempt made and lost are replayed.
@@ -207,7 +212,8 @@ class Run:
             with ledger("replay" if progress.step < self.replay_until else "step"):
                 lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, progress.step, self.total)
                 set_lr(self.optimizer, lr)
-                result = self.guard(progress.step + 1, on_device, self._seed, stop=self._stop_wanted())
+                wishes = Wishes(self._stop_wanted(), self.interval.wanted())
+                result = self.guard(progress.step + 1, on_device, self._seed, wishes)
                 progress.step += 1
                 if self.samples is not None:
                     self.samples.step(progress.step, batches)
@@ -228,7 +234,7 @@ class Run:
                     status = "stopped_early"
                     last = True
             stopped = result.stop_requested
-            if stopped or last or self._checkpoint_due():
+            if stopped or last or self._checkpoint_due(result):
                 if pending is not None:
                     self._record(*pending)
                     pending = None
@@ -286,15 +292,13 @@ class Run:
         self._stop_checked = now
         return (self.run_dir / STOP_FILE).exists()
 
-    def _due(self, every: int) -> bool:
-        step = self.progress.step
-        return step % every == 0 if every else self.progress.cursor.batch == 0
-
     def _evaluation_due(self) -> bool:
-        return self._due(self.recipe.training.evaluate_every_steps)
+        every = self.recipe.training.evaluate_every_steps
+        return self.progress.step % every == 0 if every else self.progress.cursor.batch == 0
 
-    def _checkpoint_due(self) -> bool:
-        return self._due(self.recipe.checkpoint.every_steps)
+    def _checkpoint_due(self, result: StepResult) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return result.checkpoint_requested or bool(every and self.progress.step % every == 0)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split and keep the best weights; True where patience has run out."""
@@ -331,12 +335,12 @@ class Run:
             batches = [batch.to(self.layout.device) for batch in self._batches(Cursor(0, number), train=False)]
             micro = self.step.forward_only(batches)
             names = self._metric_names(micro)
-            part, _ = self.step.global_sums(micro, False, names)
+            part, _ = self.step.global_sums(micro, names)
             sums = part if sums is None else sums + part
         model.train()
         self.parallel.reshard()
         assert sums is not None
-        loss_sum, weight, _, *metrics = sums.tolist()
+        loss_sum, weight, _, _, *metrics = sums.tolist()
         return self.task.metrics(loss_sum, weight, dict(zip(names, metrics, strict=True)))
 
     def _metric_names(self, micro: list[Any]) -> tuple[str, ...]:
@@ -350,6 +354,7 @@ class Run:
 
     def _checkpoint(self, settle: bool) -> None:
         """`settle`: it is to be there when this returns. Otherwise training goes on while it is written."""
+        begun = time.perf_counter()
         with self.ledger("checkpoint"):
             self.recorder.flush()
             if self.samples is not None:  # every rank, before any can call the checkpoint complete
@@ -362,6 +367,7 @@ class Run:
                 self.optimizer,
                 self.average,
             )
+            self.interval.saved(time.perf_counter() - begun, self.checkpoints.write_s)
             if settle:
                 self.checkpoints.settle()
 

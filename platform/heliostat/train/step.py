@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,22 @@ from heliostat.recipe import Recipe
 from heliostat.tasks import Batch, LossSums, Task
 
 
+class Wishes(NamedTuple):
+    """What a rank wants done after the step."""
+
+    stop: bool = False
+    checkpoint: bool = False
+
+
+NO_WISHES = Wishes()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Global figures of one step, still on the device: reading them waits for the step."""
 
     sums: Tensor
-    """loss_sum, weight, stop requests, then the task's metrics by name."""
+    """loss_sum, weight, stop requests, checkpoint requests, then the task's metrics by name."""
     grad_norm: Tensor
     metric_names: tuple[str, ...]
     router_aux_loss: Tensor | None = None
@@ -36,7 +46,7 @@ class StepResult:
     def figures(self) -> dict[str, float]:
         """Means over the global batch, its weight, and the gradient's norm before clipping. The router's auxiliary
         loss stands beside `loss`, which does not hold it, and without its coefficient."""
-        loss_sum, weight, _, *metrics = self.sums.tolist()
+        loss_sum, weight, _, _, *metrics = self.sums.tolist()
         divisor = max(weight, 1e-12)
         means = {name: value / divisor for name, value in zip(self.metric_names, metrics, strict=True)}
         own = {"loss": loss_sum / divisor, "weight": weight, "grad_norm": float(self.grad_norm)}
@@ -47,6 +57,10 @@ class StepResult:
     @property
     def stop_requested(self) -> bool:
         return bool(self.sums[2] > 0)
+
+    @property
+    def checkpoint_requested(self) -> bool:
+        return bool(self.sums[3] > 0)
 
 
 class TrainStep:
@@ -66,14 +80,15 @@ class TrainStep:
         device = self.parallel.layout.device.type
         return torch.autocast(device, torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def __call__(self, batches: list[Batch], stop: bool = False) -> StepResult:
+    def __call__(self, batches: list[Batch]) -> StepResult:
         """Collective: every rank must call it, with equally many micro-batches."""
-        result = self.gradients(batches, stop)
+        result = self.gradients(batches)
         self.update()
         return result
 
-    def gradients(self, batches: list[Batch], stop: bool = False) -> StepResult:
+    def gradients(self, batches: list[Batch], wishes: Wishes = NO_WISHES) -> StepResult:
         """Leave the clipped gradient of the global batch's mean loss in the parameters, for `update` or `discard`.
+        What any rank wishes, every rank learns.
 
         Collective: every rank must call it, with equally many micro-batches."""
         if self.balance is not None:
@@ -81,7 +96,7 @@ class TrainStep:
             if len(batches) > 1:
                 self._count_routing(batches)
         micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
-        sums, names = self.global_sums(micro, stop, self.task.train_metrics)
+        sums, names = self.global_sums(micro, self.task.train_metrics, wishes)
         with torch.no_grad():
             self._average_expert_grads()
             self._sum_tensor_grads()
@@ -143,20 +158,23 @@ class TrainStep:
         weight = torch.zeros((), device=device)
         self.router_aux_loss = self.balance.finish(sum((sums.weight for sums in micro), weight))
 
-    def global_sums(self, micro: list[LossSums], stop: bool, names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
-        """One all-reduce carries loss, weight, metrics and the wish to stop. Pipeline stages without one add zeros."""
+    def global_sums(
+        self, micro: list[LossSums], names: tuple[str, ...], wishes: Wishes = NO_WISHES
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """One all-reduce carries loss, weight, metrics and wishes. Pipeline stages without a loss add zeros."""
         device = self.parallel.layout.device
-        sums = torch.zeros(3 + len(names), dtype=torch.float64, device=device)
+        sums = torch.zeros(4 + len(names), dtype=torch.float64, device=device)
         for loss_sum, weight, metric_sums in micro:
             sums += torch.stack(
                 [
                     loss_sum.double(),
                     weight.double(),
                     sums.new_zeros(()),
+                    sums.new_zeros(()),
                     *(metric_sums[name].double() for name in names),
                 ]
             )
-        sums[2] = float(stop)
+        sums[2], sums[3] = float(wishes.stop), float(wishes.checkpoint)
         if self.parallel.layout.sums_group is not None:
             dist.all_reduce(sums, group=self.parallel.layout.sums_group)
         return sums, names
