@@ -7,7 +7,15 @@ from typing import Any
 from heliostat.data.prepare import prepare
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
-from heliostat.launch.drill import Recovered, as_json, drill, parse_faults, recipe_of_drill
+from heliostat.launch.drill import (
+    Recovered,
+    as_json,
+    drill,
+    parse_faults,
+    plain_restart_s,
+    recipe_of_drill,
+    worst_replacement_s,
+)
 from pipelines.job import Job, main
 
 
@@ -17,12 +25,15 @@ def run(job: Job) -> dict[str, Any]:
     with connect(recipe, job.options.address):
         prepared, _ = prepare(recipe, run_on_ray)
         recovered = drill(recipe, prepared.folder, job.run_dir, faults)
-    table(recovered)
+        worst = worst_replacement_s(recovered)
+        plain = plain_restart_s(recipe, prepared.folder, job.run_dir) if worst is not None else None
+    table(recovered, worst, plain)
     status = "done" if all(each.recovered for each in recovered) else "different"
-    return {"status": status, "faults": as_json(recovered)}
+    replaced = {"worst_replacement_s": worst, "plain_ray_restart_s": plain}
+    return {"status": status, "faults": as_json(recovered)} | replaced
 
 
-def table(recovered: list[Recovered]) -> None:
+def table(recovered: list[Recovered], worst: float | None, plain: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -33,7 +44,12 @@ def table(recovered: list[Recovered]) -> None:
         seconds = (each.detect_s, each.reschedule_s, each.restore_s, each.replay_s)
         exact = (equal[each.weights_equal], equal[each.sample_order_equal], str(each.lost), str(each.repeated))
         rows.add_row(each.fault, *(f"{value:.2f}" for value in seconds), *exact)
-    Console(stderr=True).print(rows)
+    console = Console(stderr=True)
+    console.print(rows)
+    if worst is not None:
+        console.print(
+            f"A killed worker was replaced in {worst:.2f} s at worst; a plain loop under Ray Train took {plain:.2f} s."
+        )
 
 
 if __name__ == "__main__":

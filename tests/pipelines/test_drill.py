@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from heliostat.train.loop import CHECKPOINT_FAULTS_FILE
+from heliostat.train.notes import read_notes
 from tests.pipelines.jobs import run
 from tests.recipes import tiny_llama
 
@@ -16,11 +18,17 @@ def test_no_fault_leaves_a_trace(tmp_path: Path) -> None:
     """A killed worker is in tests/pipelines/test_train.py."""
     tiny_llama(tmp_path).save(tmp_path / "recipe.json")
     done = run(
-        "drill", "--recipe", str(tmp_path / "recipe.json"), "--faults", "hang,nan,truncate", "--run-name", "drill"
+        "drill",
+        "--recipe",
+        str(tmp_path / "recipe.json"),
+        "--faults",
+        "hang,nan,disk_full,truncate",
+        "--run-name",
+        "drill",
     )
     assert done.code == 0, done.stderr[-3000:]
     faults = {each["fault"]: each for each in done.answer["faults"]}
-    assert list(faults) == ["hang", "nan", "truncate"]
+    assert list(faults) == ["hang", "nan", "disk_full", "truncate"]
     for each in faults.values():
         assert each["weights_equal"] is True
         assert each["sample_order_equal"] is True
@@ -28,7 +36,15 @@ def test_no_fault_leaves_a_trace(tmp_path: Path) -> None:
         assert each["ledger_error"] < 0.01
     for name in ("hang", "truncate"):
         assert min(faults[name][key] for key in ("detect_s", "reschedule_s", "restore_s", "replay_s")) > 0
+    truncated = faults["truncate"]
+    replaced = sum(truncated[key] for key in ("detect_s", "reschedule_s", "restore_s"))
+    assert done.answer["worst_replacement_s"] == pytest.approx(replaced)
+    assert done.answer["plain_ray_restart_s"] > 1
     runs = Path(done.answer["run_dir"])
+    (missed,) = read_notes(runs / "disk_full" / CHECKPOINT_FAULTS_FILE)
+    assert (missed["step"], missed["what"]) == (32, "missed")
+    (rejected,) = read_notes(runs / "truncate" / CHECKPOINT_FAULTS_FILE)
+    assert (rejected["step"], rejected["what"]) == (24, "rejected")
     stacks = sorted((runs / "hang" / "stacks").iterdir())
     assert [file.name for file in stacks] == [f"attempt-001-rank-{rank}.txt" for rank in (0, 1)]
     assert "after_step" in stacks[1].read_text(), "the rank that hangs says where"

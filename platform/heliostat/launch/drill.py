@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from heliostat.curves import METRICS_FILE, read_metrics
+from heliostat.launch.plain import restart_s
 from heliostat.launch.train import fit
 from heliostat.recipe import Recipe, Refused, nearest, override
 from heliostat.train import ledger
@@ -25,6 +26,7 @@ EVERY_STEPS = 8
 FAULT_STEP = 29
 """Two checkpoints and a few lost steps after which there is still something to do."""
 SHORTEST_HANG_S = 5.0
+KILLS = ("kill", "truncate")
 UNDISTURBED = "undisturbed"
 
 
@@ -55,6 +57,16 @@ class Recovered:
     def recovered(self) -> bool:
         exact = self.weights_equal if self.weights_equal is not None else self.max_relative_loss_difference <= 1e-5
         return exact and self.sample_order_equal and not self.lost and not self.repeated
+
+
+def worst_replacement_s(recovered: list[Recovered]) -> float | None:
+    """Of the faults that kill a worker, which Ray Train itself notices."""
+    return max((each.replacement_s for each in recovered if each.fault in KILLS), default=None)
+
+
+def plain_restart_s(recipe: Recipe, prepared: Path, folder: Path) -> float:
+    """What Ray Train takes from the same kill until training goes on, in a loop that uses nothing of ours."""
+    return restart_s(recipe, prepared, folder / "plain", steps=STEPS, every_steps=EVERY_STEPS, kill_step=FAULT_STEP)
 
 
 def parse_faults(text: str) -> list[str]:

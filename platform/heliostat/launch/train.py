@@ -84,7 +84,6 @@ def fit(
     """Train on the connected cluster; returns the outcome with losses, ledger and attempts. `fault`: see `train`.
 
     The first Ctrl-C or SIGTERM lets the run write a checkpoint and end; a second one ends at once."""
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -94,8 +93,7 @@ def fit(
     for leftover in (OUTCOME_FILE, STOP_FILE):
         (run_dir / leftover).unlink(missing_ok=True)
     workers, least = recipe.parallelism.workers, recipe.parallelism.min_workers
-    gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = recipe.parallelism.use_gpu if recipe.parallelism.use_gpu is not None else gpus >= (least or workers)
+    use_gpu, resources = worker_resources(recipe)
 
     class NoteFailures(UserCallback):
         """In Ray Train's controller."""
@@ -107,7 +105,7 @@ def fit(
         "num_workers": workers if least is None else (least, workers),
         "elastic_resize_monitor_interval_s": recipe.recovery.grow_every_s,
         "use_gpu": use_gpu,
-        "resources_per_worker": {"CPU": recipe.parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        "resources_per_worker": resources,
     }
     failing: dict[str, Any] = {
         "failure_config": FailureConfig(max_failures=recipe.checkpoint.max_failures),
@@ -140,6 +138,18 @@ def fit(
     if recipe.data.log_samples:
         samples.collect(run_dir, recipe)
     return outcome | report(run_dir, started)
+
+
+def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:
+    """Whether workers get GPUs of the connected cluster, and what each asks of it."""
+    import ray
+
+    parallelism = recipe.parallelism
+    use_gpu = parallelism.use_gpu
+    if use_gpu is None:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        use_gpu = gpus >= (parallelism.min_workers or parallelism.workers)
+    return use_gpu, {"CPU": parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
 
 
 def report(run_dir: Path, started: float) -> dict[str, Any]:
