@@ -8,6 +8,7 @@ from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
 from heliostat.launch.train import fit
 from heliostat.tracking import log_run
+from heliostat.train.ledger import figures
 from pipelines.job import Job, main
 
 
@@ -16,7 +17,7 @@ def run(job: Job) -> dict[str, Any]:
         prepared, _ = prepare(job.recipe, run_on_ray)
         outcome = fit(job.recipe, prepared.folder, job.run_dir)
     if outcome["status"] != "failed":
-        log_run(job.recipe, job.run_dir, metrics=outcome["metrics"])
+        log_run(job.recipe, job.run_dir, metrics=outcome["metrics"] | figures(outcome["ledger"]))
     return outcome
 
 

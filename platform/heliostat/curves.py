@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,15 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run; where a step was replayed, its last record counts. A line cut by a crash is left out."""
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        records[record["step"], "validation" in record] = record
+    """The records of a run; where a step was replayed, its last record counts."""
+    records = {(record["step"], "validation" in record): record for record in read_all_metrics(path)}
     return [records[key] for key in sorted(records)]
+
+
+def read_all_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run as they were written. A line cut by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records

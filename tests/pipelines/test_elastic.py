@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from heliostat.curves import METRICS_FILE, read_metrics
@@ -18,7 +20,7 @@ from tests.recipes import prepared, tiny_bert
 
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_and_stays_the_same(tmp_path: Path) -> None:
-    """2 workers, then 1, then 2 again: losses as in one process, all the way."""
+    """2 workers, then 1, after notice was given, then 2 again: losses as in one process, all the way."""
     recipe = tiny_bert(
         tmp_path,
         **{
@@ -27,7 +29,8 @@ def test_a_run_shrinks_and_grows_and_stays_the_same(tmp_path: Path) -> None:
             "parallelism.min_workers": 1,
             "recovery.grow_every_s": 3.0,
             "schedule.max_steps": 2500,
-            "checkpoint.every_steps": 25,
+            "checkpoint.every_steps": 200,
+            "data.log_samples": True,
             "training.keep_best": False,
             "training.evaluate_every_steps": 2500,
         },
@@ -39,6 +42,13 @@ def test_a_run_shrinks_and_grows_and_stays_the_same(tmp_path: Path) -> None:
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert [each["workers"] for each in outcome["ledger"]["by_attempt"]] == [2, 1, 2]
     assert sum(outcome["ledger"]["seconds"].values()) == pytest.approx(outcome["ledger"]["wall_s"], rel=0.01)
+    # The notice made a checkpoint while there was time, and the run went on from it, or from a later one.
+    assert outcome["within_s"] > 0
+    samples = pq.read_table(tmp_path / "run" / "samples.parquet", filters=[("attempt", "=", 2)])
+    assert pc.min(samples["step"]).as_py() > outcome["noticed"]
+    # Prometheus heard of it.
+    assert any("heliostat_train_step{" in line and 'run="run"' in line for line in outcome["exported"])
+    assert any("heliostat_train_seconds{" in line and 'class="step"' in line for line in outcome["exported"])
     alone = override(recipe, {"parallelism.workers": 1, "parallelism.min_workers": None})
     train(alone, prepared(alone).folder, tmp_path / "alone")
     losses = [r["loss"] for r in read_metrics(tmp_path / "alone" / METRICS_FILE) if "loss" in r]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from heliostat.train.ledger import CLASSES, FAILURES_FILE, Ledger, summarise
+from heliostat.train.ledger import CLASSES, FAILURES_FILE, Ledger, Speed, figures, summarise
 
 
 def attempt(folder: Path, number: int, started: float, seconds: dict[str, float], workers: int = 2) -> None:
@@ -36,6 +36,24 @@ def test_every_second_is_in_one_class(tmp_path: Path) -> None:
     assert sum(book["seconds"].values()) == book["wall_s"] == 60.0
     assert book["goodput"] == pytest.approx(25 / 60)
     assert [each["workers"] for each in book["by_attempt"]] == [2, 1]
+
+
+def test_throughput_is_that_of_stepping(tmp_path: Path) -> None:
+    """100 steps of 512 tokens in 10 s on two workers, then 30 in 6 s on one."""
+    for number, (started, seconds, workers) in enumerate([(0.0, 10.0, 2), (20.0, 6.0, 1)], 1):
+        record = {"started": started, "ended": started + seconds, "workers": workers, "seconds": {"step": seconds}}
+        if number == 2:
+            record["seconds"] = {"replay": 2.0, "step": seconds - 2.0}
+        (tmp_path / f"attempt-{number:03d}.json").write_text(json.dumps(record))
+    made = [(0.1 * step, 512.0) for step in range(1, 101)] + [(20 + 0.2 * step, 512.0) for step in range(1, 31)]
+    book = summarise(tmp_path, 0.0, 26.0, Speed(made, flops_per_token=1e6, peak_flops=1e10))
+    assert book["tokens_per_s"] == pytest.approx(130 * 512 / 16)
+    assert [each["tokens_per_s"] for each in book["by_attempt"]] == pytest.approx([5120, 30 * 512 / 6])
+    assert [each["mfu"] for each in book["by_attempt"]] == pytest.approx([5120e6 / 2e10, 2560e6 / 1e10])
+    assert book["mfu"] == pytest.approx(130 * 512 * 1e6 / ((2 * 10 + 6) * 1e10))
+    assert summarise(tmp_path, 0.0, 26.0)["mfu"] is None
+    assert figures(book)["ledger.mfu"] == book["mfu"]
+    assert figures(book)["ledger.replay_s"] == 2.0
 
 
 def test_a_gap_that_nobody_noticed_is_rescheduling(tmp_path: Path) -> None:

@@ -78,6 +78,10 @@ def check(words: list[str]) -> None:
             check(job)
         case ["ray", "up" | "down", file]:
             assert (ROOT / file).is_file()
+        case ["ray", command]:
+            from ray.scripts.scripts import cli
+
+            assert command in cli.commands
         case ["curl", "-s", address, "-H", "content-type: application/json", "-d", body]:
             recipe = find_recipe("sentiment")
             url = urlsplit(f"http://{address}")

@@ -8,10 +8,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heliostat.curves import METRICS_FILE, read_metrics
+from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
+from heliostat.models.flops import peak_flops
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
 from heliostat.train import ledger, samples
 from heliostat.train.errors import Unrecoverable
@@ -30,13 +32,16 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def _worker(config: dict[str, Any]) -> None:
     """On each worker. What would fail again is written down instead of raised, so that it is not tried again."""
     import ray.train
+    import torch
+    from ray.train.torch import get_device
 
     run_dir = Path(config["run_dir"])
     # As many as there are now: an elastic run is not always given all it may have.
     workers = ray.train.get_context().get_world_size()
     try:
-        train(
-            override(build(config["recipe"]), {"parallelism.workers": workers, "parallelism.min_workers": None}),
+        recipe = override(build(config["recipe"]), {"parallelism.workers": workers, "parallelism.min_workers": None})
+        outcome = train(
+            recipe,
             Path(config["prepared"]),
             run_dir,
             resume=Path(config["resume"]) if config["resume"] else None,
@@ -44,7 +49,12 @@ def _worker(config: dict[str, Any]) -> None:
             watch=True,
             fault=config["fault"],
             notice=_taken_away,
+            observe=_gauges(run_dir.name),
         )
+        if ray.train.get_context().get_world_rank() == 0:
+            peak, known = peak_flops(get_device(), getattr(torch, recipe.training.precision))
+            outcome |= {"peak_flops": peak, "peak_flops_are": known}
+            write_atomically(run_dir / OUTCOME_FILE, json.dumps(outcome))
     except Refused as error:
         write_atomically(
             run_dir / OUTCOME_FILE,
@@ -53,9 +63,8 @@ def _worker(config: dict[str, Any]) -> None:
             ),
         )
     except Unrecoverable as error:
-        outcome = json.dumps({"status": "failed", "error": str(error)})
         try:
-            write_atomically(run_dir / OUTCOME_FILE, outcome)
+            write_atomically(run_dir / OUTCOME_FILE, json.dumps({"status": "failed", "error": str(error)}))
         except OSError:
             raise error from None  # no room for a word: the error itself has to travel
 
@@ -137,7 +146,24 @@ def fit(
         raise Refused(outcome["field"], outcome["reason"], outcome["suggestion"])
     if recipe.data.log_samples:
         samples.collect(run_dir, recipe)
-    return outcome | report(run_dir, started)
+    return outcome | report(run_dir, started, outcome)
+
+
+def _gauges(run: str) -> Callable[[int, int, dict[str, float]], None]:
+    """What Ray exports to Prometheus of a run."""
+    from ray.util.metrics import Gauge
+
+    labels = ("run", "attempt")
+    seconds_by_class = Gauge("heliostat_train_seconds", "Of an attempt, by the ledger's class", (*labels, "class"))
+    reached = Gauge("heliostat_train_step", "The optimizer step an attempt has reached", labels)
+
+    def observe(attempt: int, step: int, seconds: dict[str, float]) -> None:
+        tags = {"run": run, "attempt": str(attempt)}
+        reached.set(step, tags)
+        for name, value in seconds.items():
+            seconds_by_class.set(value, tags | {"class": name})
+
+    return observe
 
 
 def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:
@@ -152,12 +178,14 @@ def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:
     return use_gpu, {"CPU": parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
 
 
-def report(run_dir: Path, started: float) -> dict[str, Any]:
-    """The curves and the ledger of a run."""
+def report(run_dir: Path, started: float, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The curves and the ledger of a run that ended with an outcome."""
     records = read_metrics(run_dir / METRICS_FILE)
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if "validation" in record]
-    book = ledger.summarise(run_dir / LEDGER, started, time.time())
+    made = [(each["time"], each["tokens"]) for each in read_all_metrics(run_dir / METRICS_FILE) if "tokens" in each]
+    speed = ledger.Speed(made, outcome.get("flops_per_token"), outcome.get("peak_flops"))
+    book = ledger.summarise(run_dir / LEDGER, started, time.time(), speed)
     return {
         "losses": [record["loss"] for record in steps],
         "grad_norms": [record["grad_norm"] for record in steps],

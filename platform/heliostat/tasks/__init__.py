@@ -54,6 +54,18 @@ class Batch:
     row_weight_B: Tensor
     sample_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
+    @property
+    def tokens(self) -> int:
+        """In rows of weight above zero, padding left out as far as a mask says; 0 where rows have none."""
+        ids_BT = self.inputs.get("input_ids")
+        if ids_BT is None:
+            return 0
+        counts = self.row_weight_B > 0
+        mask_BT = self.inputs.get("attention_mask")
+        if mask_BT is not None and mask_BT.shape == ids_BT.shape:
+            return int(mask_BT[counts].sum())
+        return int(counts.sum()) * ids_BT.shape[1]
+
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
@@ -207,16 +219,22 @@ PADDING_MULTIPLE = 8
 """Rows are padded to a multiple of so many tokens."""
 
 
-def pad_lists(column: pa.Array, fill: int, length: int | None = None, multiple: int = PADDING_MULTIPLE) -> Tensor:
-    """A list column as a (B, T) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`)."""
+def pad_lists(
+    column: pa.Array, fill: int, length: int | None = None, multiple: int = PADDING_MULTIPLE, spare: int = 0
+) -> Tensor:
+    """A list column as a (B, T + spare) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`),
+    and by `spare` more."""
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy()[offsets[0] : offsets[-1]]
     lengths = offsets[1:] - offsets[:-1]
     width = length or -(-int(lengths.max(initial=1)) // multiple) * multiple
     if len(values) == len(lengths) * width:  # nothing to pad
-        return torch.from_numpy(values.reshape(-1, width).astype(np.int64))
-    padded = np.full((len(lengths), width), fill, np.int64)
-    padded[np.arange(width) < lengths[:, None]] = values
+        padded = np.empty((len(lengths), width + spare), np.int64)
+        padded[:, :width] = values.reshape(-1, width)
+        padded[:, width:] = fill
+    else:
+        padded = np.full((len(lengths), width + spare), fill, np.int64)
+        padded[np.arange(width + spare) < lengths[:, None]] = values
     return torch.from_numpy(padded)
 
 

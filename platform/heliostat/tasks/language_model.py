@@ -65,12 +65,15 @@ class LanguageModel(Task):
         return pa.table(columns)
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
-        ids_BT = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length)
+        # The label of position t is token t + 1; a document's last has none. Both are views of one tensor as long as
+        # no other label is masked out: a copy would cost as much as reading the rows.
+        tokens_BT1 = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length, spare=1)
+        tokens_BT1[:, -1] = IGNORED
+        ids_BT, labels_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
         lengths = rows.column("length").to_numpy()
         inputs = {"input_ids": ids_BT}
-        # The label of position t is token t + 1; a document's last has none.
-        labels_BT = torch.empty_like(ids_BT)
-        labels_BT[:, :-1], labels_BT[:, -1] = ids_BT[:, 1:], IGNORED
+        if DOCUMENTS in rows.table.column_names or lengths.min() < ids_BT.shape[1]:
+            labels_BT = labels_BT.clone()
         if DOCUMENTS in rows.table.column_names:
             # No mask: without one, transformers finds the documents in their positions. Each padded position is a
             # document of its own, so that none sees nothing.

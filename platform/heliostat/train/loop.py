@@ -22,6 +22,7 @@ from heliostat.curves import METRICS_FILE, Recorder
 from heliostat.data.loader import Cursor, Loader, check_resume, open_split, training_loader
 from heliostat.data.prepare import Prepared, read_prepared
 from heliostat.models import bundle as bundles
+from heliostat.models.flops import flops_per_token
 from heliostat.models.load import build_model
 from heliostat.parallel.context import check_task, padded_length, split_batch
 from heliostat.parallel.mesh import Layout, make_layout
@@ -92,10 +93,13 @@ class Run:
         watch: bool = False,
         fault: Fault | None = None,
         notice: Callable[[], float | None] = lambda: None,
+        observe: Callable[[int, int, dict[str, float]], None] = lambda attempt, step, seconds: None,
     ) -> None:
         """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
         run has none of its own; `watch` ends the process where it hangs; `fault` is injected, for a drill;
-        `notice` says when this rank's machine will be taken away (Unix time), as far as is known."""
+        `notice` says when this rank's machine will be taken away (Unix time), as far as is known;
+        `observe` gets the attempt's number, its step and its seconds by class on rank 0, a few times a second."""
+        self.observe = observe
         self.recipe, self.prepared, self.run_dir = recipe, prepared, run_dir
         self.report, self.should_stop, self.write_bundle = report, should_stop, write_bundle
         self.lineage = lineage or {}
@@ -110,6 +114,7 @@ class Run:
         # A check of the model is a forward pass, which takes all of it.
         model = build_model(self.task, defer=not recipe.data.isolate_documents)
         self.task.check_model(model)
+        self.flops_per_token = self._flops_per_token(model)
         self.parallel = parallelize(model, self.layout, recipe)
         self.new_parameters: set[str] = model.new_parameters
         self.optimizer = build_optimizer(self.parallel.model, recipe, self.new_parameters)
@@ -140,6 +145,13 @@ class Run:
         self.samples = open_log(recipe, run_dir, self.layout, self.ledger, self.progress.step)
 
     # -- setting up
+
+    def _flops_per_token(self, model: Any) -> float | None:
+        """None where rows have no tokens. What a head does once a row counts as if once a token: little."""
+        if not hasattr(model.config.get_text_config(), "vocab_size"):
+            return None
+        lengths = self.loader.table.column("length").to_numpy().astype(np.float64)
+        return flops_per_token(model, float((lengths**2).sum() / lengths.sum()))
 
     def _validation(self) -> Loader:
         """Sorted by length, and in batches that every rank has a share of."""
@@ -224,7 +236,8 @@ class Run:
             if pending is not None:
                 self._record(*pending)
             pending = (progress.step, result, lr)
-            ledger.save(every_s=0.2)
+            if ledger.save(every_s=0.2):
+                self.observe(ledger.attempt, progress.step, ledger.seconds)
             self._beat()
             last = progress.step == self.total
             if last or self._evaluation_due():
@@ -340,7 +353,7 @@ class Run:
         model.train()
         self.parallel.reshard()
         assert sums is not None
-        loss_sum, weight, _, _, *metrics = sums.tolist()
+        loss_sum, weight, _, _, _, *metrics = sums.tolist()
         return self.task.metrics(loss_sum, weight, dict(zip(names, metrics, strict=True)))
 
     def _metric_names(self, micro: list[Any]) -> tuple[str, ...]:
@@ -381,6 +394,7 @@ class Run:
             "best_step": self.progress.best_step,
             "metric": self.task.metric,
             "bundle": None,
+            "flops_per_token": self.flops_per_token,
             **spent,
         }
         if status != "interrupted" and self.write_bundle:

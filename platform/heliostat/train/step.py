@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class StepResult:
     """Global figures of one step, still on the device: reading them waits for the step."""
 
     sums: Tensor
-    """loss_sum, weight, stop requests, checkpoint requests, then the task's metrics by name."""
+    """loss_sum, weight, stop requests, checkpoint requests, tokens, then the task's metrics by name."""
     grad_norm: Tensor
     metric_names: tuple[str, ...]
     router_aux_loss: Tensor | None = None
@@ -46,10 +47,10 @@ class StepResult:
     def figures(self) -> dict[str, float]:
         """Means over the global batch, its weight, and the gradient's norm before clipping. The router's auxiliary
         loss stands beside `loss`, which does not hold it, and without its coefficient."""
-        loss_sum, weight, _, _, *metrics = self.sums.tolist()
+        loss_sum, weight, _, _, tokens, *metrics = self.sums.tolist()
         divisor = max(weight, 1e-12)
         means = {name: value / divisor for name, value in zip(self.metric_names, metrics, strict=True)}
-        own = {"loss": loss_sum / divisor, "weight": weight, "grad_norm": float(self.grad_norm)}
+        own = {"loss": loss_sum / divisor, "weight": weight, "tokens": tokens, "grad_norm": float(self.grad_norm)}
         if self.router_aux_loss is not None:
             own["router_aux_loss"] = float(self.router_aux_loss)
         return own | means
@@ -96,7 +97,7 @@ class TrainStep:
             if len(batches) > 1:
                 self._count_routing(batches)
         micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
-        sums, names = self.global_sums(micro, self.task.train_metrics, wishes)
+        sums, names = self.global_sums(micro, self.task.train_metrics, wishes, batches)
         with torch.no_grad():
             self._average_expert_grads()
             self._sum_tensor_grads()
@@ -159,22 +160,28 @@ class TrainStep:
         self.router_aux_loss = self.balance.finish(sum((sums.weight for sums in micro), weight))
 
     def global_sums(
-        self, micro: list[LossSums], names: tuple[str, ...], wishes: Wishes = NO_WISHES
+        self,
+        micro: list[LossSums],
+        names: tuple[str, ...],
+        wishes: Wishes = NO_WISHES,
+        batches: Sequence[Batch] = (),
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """One all-reduce carries loss, weight, metrics and wishes. Pipeline stages without a loss add zeros."""
+        """One all-reduce carries loss, weight, metrics, wishes and the number of the batches' tokens. Pipeline stages
+        without a loss add zeros."""
         device = self.parallel.layout.device
-        sums = torch.zeros(4 + len(names), dtype=torch.float64, device=device)
+        sums = torch.zeros(5 + len(names), dtype=torch.float64, device=device)
         for loss_sum, weight, metric_sums in micro:
             sums += torch.stack(
                 [
                     loss_sum.double(),
                     weight.double(),
-                    sums.new_zeros(()),
-                    sums.new_zeros(()),
+                    *sums.new_zeros(3),
                     *(metric_sums[name].double() for name in names),
                 ]
             )
         sums[2], sums[3] = float(wishes.stop), float(wishes.checkpoint)
+        if micro:
+            sums[4] = sum(batch.tokens for batch in batches)
         if self.parallel.layout.sums_group is not None:
             dist.all_reduce(sums, group=self.parallel.layout.sums_group)
         return sums, names
