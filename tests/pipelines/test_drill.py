@@ -9,7 +9,7 @@ import pytest
 
 from heliostat.train.loop import CHECKPOINT_FAULTS_FILE
 from heliostat.train.notes import read_notes
-from tests.pipelines.jobs import run
+from tests.pipelines.jobs import finish, run, start
 from tests.recipes import tiny_llama
 
 
@@ -17,15 +17,8 @@ from tests.recipes import tiny_llama
 def test_no_fault_leaves_a_trace(tmp_path: Path) -> None:
     """A killed worker is in tests/pipelines/test_train.py."""
     tiny_llama(tmp_path).save(tmp_path / "recipe.json")
-    done = run(
-        "drill",
-        "--recipe",
-        str(tmp_path / "recipe.json"),
-        "--faults",
-        "hang,nan,disk_full,truncate",
-        "--run-name",
-        "drill",
-    )
+    words = ["--recipe", str(tmp_path / "recipe.json"), "--run-name", "drill"]
+    done = finish(start("drill", *words, "--faults", "hang,nan,disk_full,truncate"), timeout_s=900)
     assert done.code == 0, done.stderr[-3000:]
     faults = {each["fault"]: each for each in done.answer["faults"]}
     assert list(faults) == ["hang", "nan", "disk_full", "truncate"]

@@ -19,17 +19,18 @@ import torch.distributed as dist
 import transformers
 
 from heliostat.curves import METRICS_FILE, Recorder
-from heliostat.data.loader import Cursor, Loader, check_resume, open_split, training_loader
+from heliostat.data.loader import Cursor, Loader, check_resume, training_loader
 from heliostat.data.prepare import Prepared, read_prepared
 from heliostat.models import bundle as bundles
 from heliostat.models.flops import flops_per_token
 from heliostat.models.load import build_model
-from heliostat.parallel.context import check_task, padded_length, split_batch
+from heliostat.parallel.context import check_task
 from heliostat.parallel.mesh import Layout, make_layout
 from heliostat.parallel.parallelize import full_state, parallelize
 from heliostat.recipe import Recipe, Refused, write_atomically
-from heliostat.tasks import Batch, Rows, Task
+from heliostat.tasks import Batch, Task
 from heliostat.train import checkpoint
+from heliostat.train.batches import Batches, validation_loader
 from heliostat.train.checkpoint import Place
 from heliostat.train.faults import Fault, Injector
 from heliostat.train.guard import Guard
@@ -110,7 +111,10 @@ class Run:
         self.task: Task = prepared.task(recipe)
         check_task(self.task, recipe.parallelism.context)
         self.loader = training_loader(recipe, prepared)
-        self.validation = self._validation()
+        self.batches = Batches(recipe, self.task, self.layout, self.loader, train=True)
+        self.validation = Batches(
+            recipe, self.task, self.layout, validation_loader(recipe, prepared, self.layout), train=False
+        )
         # A check of the model is a forward pass, which takes all of it.
         model = build_model(self.task, defer=not recipe.data.isolate_documents)
         self.task.check_model(model)
@@ -152,28 +156,6 @@ class Run:
             return None
         lengths = self.loader.table.column("length").to_numpy().astype(np.float64)
         return flops_per_token(model, float((lengths**2).sum() / lengths.sum()))
-
-    def _validation(self) -> Loader:
-        """Sorted by length, and in batches that every rank has a share of."""
-        table = open_split(self.prepared.folder, "validation")
-        table = table.sort_by("length")
-        size = (
-            self.recipe.training.micro_batch_size
-            * self.layout.replicas
-            * (4 if self.recipe.parallelism.pipeline == 1 else self.recipe.parallelism.pipeline)
-        )
-        return Loader(table, 0, size, shuffle=False)
-
-    def _padded_length(self, rows: Rows) -> int | None:
-        """Pipelines send activations of one shape, context peers and, under sequence parallelism, tensor peers hold
-        equal shares of a sequence; others leave the length to the task."""
-        parallelism, length = self.recipe.parallelism, self.recipe.data.sequence_length
-        if parallelism.context > 1 or parallelism.sequence_parallel:
-            longest = length if parallelism.pipeline > 1 else int(np.max(rows.column("length").to_numpy(), initial=0))
-            return padded_length(
-                longest, parallelism.context, parallelism.tensor if parallelism.sequence_parallel else 1
-            )
-        return length if parallelism.pipeline > 1 else None
 
     def _restore(self, resume: Path | None) -> None:
         outer = self.ledger.enter("restore")
@@ -274,18 +256,7 @@ class Run:
         """The batches of the steps that are left, on CPU."""
         first, left, ahead = self.progress.cursor, self.total - self.progress.step, self.recipe.data.prefetch
         cursors = (self.loader.advance(first, step) for step in range(left))
-        make = partial(self._batches, train=True)
-        return Prefetcher(make, cursors, ahead) if ahead else (make(cursor) for cursor in cursors)
-
-    def _batches(self, cursor: Cursor, train: bool) -> list[Batch]:
-        loader, parallelism = self.loader if train else self.validation, self.recipe.parallelism
-        rows = loader.read(
-            cursor, self.layout.coordinate, self.recipe.training.micro_batch_size, fill=parallelism.pipeline > 1
-        )
-        collated = [self.task.collate(item, train, cursor.epoch, self._padded_length(item)) for item in rows]
-        if parallelism.context > 1:
-            collated = [split_batch(batch, parallelism.context, self.layout.context_rank) for batch in collated]
-        return collated
+        return Prefetcher(self.batches, cursors, ahead) if ahead else (self.batches(cursor) for cursor in cursors)
 
     def _seed(self) -> None:
         """Dropout is a function of (seed, step, share), not of history: resuming needs no generator state."""
@@ -343,11 +314,11 @@ class Run:
         model.eval()
         sums: torch.Tensor | None = None
         names: tuple[str, ...] = ()
-        for number in range(self.validation.batches_per_epoch):
+        for number in range(self.validation.loader.batches_per_epoch):
             self._beat()
-            batches = [batch.to(self.layout.device) for batch in self._batches(Cursor(0, number), train=False)]
+            batches = [batch.to(self.layout.device) for batch in self.validation(Cursor(0, number))]
             micro = self.step.forward_only(batches)
-            names = self._metric_names(micro)
+            names = self.step.metric_names(micro)
             part, _ = self.step.global_sums(micro, names)
             sums = part if sums is None else sums + part
         model.train()
@@ -355,15 +326,6 @@ class Run:
         assert sums is not None
         loss_sum, weight, _, _, _, *metrics = sums.tolist()
         return self.task.metrics(loss_sum, weight, dict(zip(names, metrics, strict=True)))
-
-    def _metric_names(self, micro: list[Any]) -> tuple[str, ...]:
-        """Pipeline stages without outputs learn from the last one which metrics evaluation gives."""
-        names = tuple(micro[0].metric_sums) if micro else ()
-        if self.step.pipeline:
-            every: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(every, names)
-            names = max(every, key=len)
-        return names
 
     def _checkpoint(self, settle: bool) -> None:
         """`settle`: it is to be there when this returns. Otherwise training goes on while it is written."""

@@ -149,6 +149,17 @@ class TrainStep:
                 loss_sums(self.task, self._outputs(self.parallel.model, batch), batch, train=False) for batch in batches
             ]
 
+    def metric_names(self, micro: list[LossSums]) -> tuple[str, ...]:
+        """The metrics that evaluation gives. Pipeline stages without outputs learn them from the last one.
+
+        Collective: every rank must call it, in the same order."""
+        names = tuple(micro[0].metric_sums) if micro else ()
+        if self.pipeline:
+            every: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(every, names)
+            names = max(every, key=len)
+        return names
+
     def _count_routing(self, batches: list[Batch]) -> None:
         """A forward pass of its own, with the dropout that training will see."""
         assert self.balance is not None
