@@ -144,9 +144,9 @@ def test_compiled_blocks(reference: tuple[Recipe, Path, Path], fields: dict[str,
 def gathers(recipe: Recipe, folder: Path, run_dir: Path) -> int:
     """All-gathers of one training step."""
     ranks = Run(recipe, read_prepared(folder), run_dir)
-    ranks.step(ranks._batches(ranks.progress.cursor, train=True)[:1])  # the first sets FSDP up
+    ranks.step(ranks.batches(ranks.progress.cursor)[:1])  # the first sets FSDP up
     with CommDebugMode() as comm:
-        ranks.step(ranks._batches(ranks.progress.cursor, train=True)[:1])
+        ranks.step(ranks.batches(ranks.progress.cursor)[:1])
     return comm.get_comm_counts()[torch.ops.c10d._allgather_base_]
 
 

@@ -92,7 +92,7 @@ def steps(recipe: Recipe, folder: Path, run_dir: Path) -> dict[str, Any]:
     cursor = ranks.progress.cursor
     for _ in range(3):
         ranks._seed()
-        ranks.step(ranks._batches(cursor, train=True))
+        ranks.step(ranks.batches(cursor))
         cursor = ranks.loader.next(cursor)
     after = full_state(ranks.parallel)
     whole = {name: local(p).detach() for name, p in ranks.parallel.model.named_parameters()

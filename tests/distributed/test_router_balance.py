@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_loss_of_transformers(
     keep = Keep(ranks.parallel.model)
     ranks.step.optimizer = keep  # type: ignore[assignment]
     ranks.parallel.runs.train()
-    result = ranks.step(ranks._batches(Cursor(), train=True))
+    result = ranks.step(ranks.batches(Cursor()))
     value, expected = whole_batch(ranks)
     assert result.figures()["router_aux_loss"] == pytest.approx(float(value), rel=1e-5)
     assert keep.grads.keys() == expected.keys()

@@ -132,7 +132,7 @@ def test_three_peers(tmp_path: Path) -> None:
 def traffic(recipe: Recipe, folder: Path, run_dir: Path) -> tuple[int, int, dict[str, int]]:
     """Rows and positions of one micro-batch, and what this rank hands to collectives in a step of it."""
     ranks = Run(recipe, read_prepared(folder), run_dir)
-    batches = ranks._batches(ranks.progress.cursor, train=True)[:1]
+    batches = ranks.batches(ranks.progress.cursor)[:1]
     sent = _Bytes()
     sent.step = PROFILED_STEP - 1
     sent.at_each_step()

@@ -18,7 +18,7 @@ def test_no_fault_leaves_a_trace(tmp_path: Path) -> None:
     """A killed worker is in tests/pipelines/test_train.py."""
     tiny_llama(tmp_path).save(tmp_path / "recipe.json")
     words = ["--recipe", str(tmp_path / "recipe.json"), "--run-name", "drill"]
-    done = finish(start("drill", *words, "--faults", "hang,nan,disk_full,truncate"), timeout_s=900)
+    done = finish(start("drill", *words, "--faults", "hang,nan,disk_full,truncate"), timeout_s=560)
     assert done.code == 0, done.stderr[-3000:]
     faults = {each["fault"]: each for each in done.answer["faults"]}
     assert list(faults) == ["hang", "nan", "disk_full", "truncate"]

@@ -56,10 +56,14 @@ def test_transformers_alone_opens_it(make: Any, tied: bool, tmp_path: Path) -> N
     tokenizer = transformers.AutoTokenizer.from_pretrained(found.path)
     plain = AUTO[recipe.task].from_pretrained(found.path).eval()
     ids = torch.tensor([tokenizer.encode("the mirror tracks the sun at noon")])
+    weights, own = model.state_dict(), bundle.read(found.path).model()
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
-        assert torch.equal(plain(input_ids=ids).logits, expected)
-        assert torch.equal(bundle.read(found.path).model()(input_ids=ids).logits, expected)
+        for opened in (plain, own):
+            assert opened.state_dict().keys() == weights.keys()
+            assert all(torch.equal(tensor, weights[name]) for name, tensor in opened.state_dict().items())
+            # Where equal weights lie in memory decides on some processors which kernel multiplies them.
+            assert torch.allclose(opened(input_ids=ids).logits, expected, rtol=1e-6, atol=1e-7)
     assert found.card["num_parameters"] == sum(p.numel() for p in model.parameters())
 
 

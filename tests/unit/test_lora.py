@@ -83,7 +83,7 @@ def test_it_trains_as_peft_does(kind: str, tmp_path: Path) -> None:
     ours.parallel.runs.train()
     theirs.train()
     for _ in range(4):
-        batches = ours._batches(cursor, train=True)
+        batches = ours.batches(cursor)
         sums = [loss_sum_and_weight(theirs(**batch.inputs).logits, batch) for batch in batches]
         loss = sum(loss for loss, _ in sums) / sum(weight for _, weight in sums)
         loss.backward()
