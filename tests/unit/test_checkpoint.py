@@ -75,7 +75,7 @@ def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path: Path)
 
 
 def test_training_does_not_wait_for_the_disk(tmp_path: Path) -> None:
-    """A write that cannot end before training has gone on: its manifest is a pipe that nobody reads yet."""
+    """A write that cannot end before training has gone on."""
     model = Model()
     writer = Writer(Place.at(tmp_path), keep=1)
     gate = threading.Event()
@@ -172,8 +172,9 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]
 
 
-def test_a_run_goes_on_without_a_checkpoint_that_found_no_room(tmp_path: Path) -> None:
-    recipe = tiny_llama(tmp_path, **{"checkpoint.every_steps": 2})
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_goes_on_without_a_checkpoint_that_found_no_room(asynchronous: bool, tmp_path: Path) -> None:
+    recipe = tiny_llama(tmp_path, **{"checkpoint.every_steps": 2, "checkpoint.asynchronous": asynchronous})
     data = prepared(recipe).folder
     train(recipe, data, tmp_path / "plain")
     outcome = train(recipe, data, tmp_path / "full", fault=Fault("disk_full", 5))

@@ -50,7 +50,6 @@ class Writer:
         """What the last one took to write, while training went on."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._step = 0
 
     def save(
         self,
@@ -67,10 +66,10 @@ class Writer:
         except DiskFull as error:
             logger.warning("%s; training goes on", error)
         state = capture(model, optimizer, average)
-        self._step = step
         if self.stage is None:
             self._write(step, trainer, state)
-            self.settle()
+            if not isinstance(self._error, DiskFull):
+                self.settle()
             return
         staged = self.stage.copy(state)
         # A daemon: a write that hangs does not keep a process that is to end.
@@ -104,9 +103,10 @@ class Writer:
                 self._publish(step, trainer, state)
             self._together(lambda: self._tidy(self.keep))
         except DiskFull as error:
-            if self.first:
-                self.missed(step, str(error))
             self._error = error
+            if self.first:
+                reason = str(error)
+                _quietly(lambda: self.missed(step, reason))  # which may want to write on the same disk
         except BaseException as error:  # noqa: BLE001 - raised in the thread that trains
             self._error = error
         self.write_s = time.perf_counter() - begun
@@ -178,7 +178,9 @@ def save(
     """Write a checkpoint, and return when it is there. On an error nothing of it is left.
 
     Collective: every rank must call it, in the same order."""
-    Writer(Place.at(folder), keep, asynchronous=False).save(step, trainer, model, optimizer, average)
+    writer = Writer(Place.at(folder), keep, asynchronous=False)
+    writer.save(step, trainer, model, optimizer, average)
+    writer.settle()
 
 
 def disk_full(error: BaseException | None) -> bool:
