@@ -104,7 +104,7 @@ def test_bytes_are_those_of_the_closed_form(tmp_path: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_config(transformers_config(small.model))
     parameters = sum(p.numel() for p in model.parameters())
     ddp, pipeline = prove(recipe, parse_layouts("replicate=2;pipeline=2,schedule=gpipe", 2), 2)
-    sums = 3 * 4  # loss, weight, stop requests
+    sums = 5 * 4  # loss, weight, stop and checkpoint requests, tokens
     assert ddp.bytes_by_collective == {"all_reduce": 2 * (4 * parameters + sums)}
     rows, length, hidden = 16, 32, model.config.hidden_size
     assert pipeline.bytes_by_collective["send"] == 2 * rows * length * hidden * 4
