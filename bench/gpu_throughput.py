@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+from heliostat.models.flops import published_peak_flops
 from heliostat.models.load import build_model
 from heliostat.parallel.mesh import make_layout
 from heliostat.parallel.parallelize import parallelize
@@ -31,8 +32,6 @@ from heliostat.train.optim import build_optimizer
 from heliostat.train.step import TrainStep
 
 WARM_UP_STEPS = 3
-PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bfloat16 FLOP/s by what the device's name holds, from NVIDIA's data sheets; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def measure(name: str, layers: int | None, steps: int, compile_blocks: bool) -> 
     loss = result.figures()["loss"]
     seconds = time.perf_counter() - started
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device), None)
+    peak = published_peak_flops(device)
     tokens_per_s = steps * preset.rows * preset.sequence_length / seconds
     flops, causal = (flops_per_token(model.config, preset.sequence_length, part) for part in (1.0, 0.5))
     return {

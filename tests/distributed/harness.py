@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,22 @@ def _rank(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run_until_killed(world: int, rendezvous: Path, function: Callable[..., Any], *args: Any) -> None:
+    """Runs ranks until the first has killed itself; then the others die, too, as when their node is lost."""
+    results = _context.Queue()
+    processes = [
+        _context.Process(target=_rank, args=(rank, world, str(rendezvous), function, args, results))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    processes[0].join(timeout=120)
+    for process in processes:
+        process.kill()
+        process.join(timeout=10)
+    assert processes[0].exitcode == -signal.SIGKILL
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:

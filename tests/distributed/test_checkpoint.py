@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import threading
@@ -20,10 +19,9 @@ from heliostat.train.checkpoint.find import MANIFEST
 from heliostat.train.faults import Fault
 from heliostat.train.loop import CHECKPOINT_FAULTS_FILE, train
 from heliostat.train.notes import read_notes
-from tests.distributed.harness import _rank, run
+from tests.distributed.harness import run, run_until_killed
 from tests.recipes import prepared, tiny_llama
 
-context = mp.get_context("forkserver")
 LAYOUT = {"parallelism.workers": 2, "parallelism.fsdp": 2}
 
 
@@ -55,22 +53,7 @@ def test_a_kill_falls_back_to_the_last_manifest_and_no_further(delay_s: float, t
     steps = {"schedule.max_steps": 4000, "checkpoint.every_steps": 3, "checkpoint.keep": 3}
     recipe = tiny_llama(tmp_path, **(LAYOUT | steps))
     data, run_dir = prepared(recipe).folder, tmp_path / "run"
-    arguments = (recipe, data, run_dir, 6, delay_s)
-    results = context.Queue()
-    processes = [
-        context.Process(
-            target=_rank,
-            args=(rank, 2, str(tmp_path / "rendezvous"), train_until_published, arguments, results),
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    processes[0].join(timeout=120)
-    for process in processes:
-        process.kill()
-        process.join(timeout=10)
-    assert processes[0].exitcode == -signal.SIGKILL
+    run_until_killed(2, tmp_path / "rendezvous", train_until_published, recipe, data, run_dir, 6, delay_s)
     manifests = sorted((run_dir / "checkpoints").glob(f"*/{MANIFEST}"))
     last = int(manifests[-1].parent.name.removeprefix("step-"))
     assert last >= 6

@@ -3,7 +3,6 @@ alone: a packed mixture of three sources, the same rows in the same order, and t
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import random
 import signal
@@ -21,11 +20,10 @@ from heliostat.recipe import Recipe, override
 from heliostat.train.checkpoint import complete
 from heliostat.train.loop import train
 from heliostat.train.samples import collect
-from tests.distributed.harness import _rank, run
+from tests.distributed.harness import run, run_until_killed
 from tests.recipes import mixed, prepared, tiny_llama
 
 STEPS = 30
-context = mp.get_context("forkserver")
 
 
 def train_until_killed(recipe: Recipe, data: Path, run_dir: Path, step: int, delay_s: float) -> Any:
@@ -41,22 +39,6 @@ def train_until_killed(recipe: Recipe, data: Path, run_dir: Path, step: int, del
         return False
 
     return train(recipe, data, run_dir, should_stop=at_each_step, write_bundle=False)
-
-
-def killed(workers: int, rendezvous: Path, *args: Any) -> None:
-    """Runs the workers until the first is dead; then the others die, too, as when their node is lost."""
-    results = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, workers, str(rendezvous), train_until_killed, args, results))
-        for rank in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    processes[0].join(timeout=120)
-    for process in processes:
-        process.kill()
-        process.join(timeout=10)
-    assert processes[0].exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -80,8 +62,8 @@ def test_killed_and_resumed_equals_one_worker(seed: int, tmp_path: Path) -> None
     for workers in (2, 1):
         laid_out = override(recipe, {"parallelism.workers": workers})
         # A checkpoint is begun at every fourth step, and is there at the latest when the next is begun.
-        killed(
-            workers, tmp_path / f"rendezvous-{workers}", laid_out, data, run_dir,
+        run_until_killed(
+            workers, tmp_path / f"rendezvous-{workers}", train_until_killed, laid_out, data, run_dir,
             draw.randint(9, 12), draw.uniform(0, 0.05),
         )  # fmt: skip
         reached.append(complete(run_dir / "checkpoints")[-1].manifest["step"])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bfloat16 matrix products a second, by a part of the GPU's name; NVIDIA's data sheets."""
+"""Dense bfloat16 FLOP/s by what the device's name holds, from NVIDIA's data sheets; the first that fits."""
 MATRIX = 1024
 
 
@@ -33,12 +33,16 @@ def flops_per_token(model: Any, length: float) -> float:
     return weights + 12.0 * config.num_hidden_layers * width * length
 
 
+def published_peak_flops(device_name: str) -> float | None:
+    """None for what is not in the table."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """What a device can do in a second, and how that is known: `published` for GPUs of the table, in bfloat16, else
     `measured`, with all the threads this process has."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        published = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        published = published_peak_flops(torch.cuda.get_device_name(device))
         if published is not None:
             return published, "published"
     one = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)

@@ -55,16 +55,17 @@ class Batch:
     sample_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
-    def tokens(self) -> int:
-        """In rows of weight above zero, padding left out as far as a mask says; 0 where rows have none."""
+    def tokens(self) -> Tensor:
+        """In rows of weight above zero, padding left out as far as a mask says; 0 where rows have none. Still on the
+        device: reading it waits for the step."""
+        counts_B = self.row_weight_B > 0
         ids_BT = self.inputs.get("input_ids")
         if ids_BT is None:
-            return 0
-        counts = self.row_weight_B > 0
+            return counts_B.new_zeros((), dtype=torch.int64)
         mask_BT = self.inputs.get("attention_mask")
         if mask_BT is not None and mask_BT.shape == ids_BT.shape:
-            return int(mask_BT[counts].sum())
-        return int(counts.sum()) * ids_BT.shape[1]
+            return (mask_BT.sum(-1) * counts_B).sum()
+        return counts_B.sum() * ids_BT.shape[1]
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
