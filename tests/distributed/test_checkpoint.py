@@ -129,18 +129,27 @@ def test_asynchronous_or_not_is_the_same_run(whole: tuple[Recipe, Path, Path], t
 
 
 def train_noticed(recipe: Recipe, data: Path, run_dir: Path) -> Any:
-    """Rank 1 hears, as the fourth step begins, that its machine has an hour left."""
-    asked = 0
+    """Rank 1 hears, as the fourth step begins, that its machine has an hour left, and is asked to stop at the sixth."""
+    asked = [0, 0]
 
-    def notice() -> float | None:
-        nonlocal asked
-        asked += 1
-        return time.time() + 3600 if os.environ["RANK"] == "1" and asked >= 4 else None
+    def heard(question: int, at: int) -> bool:
+        asked[question] += 1
+        return os.environ["RANK"] == "1" and asked[question] >= at
 
-    return train(recipe, data, run_dir, notice=notice, write_bundle=False)
+    return train(
+        recipe,
+        data,
+        run_dir,
+        notice=lambda: time.time() + 3600 if heard(0, 4) else None,
+        should_stop=lambda: heard(1, 6),
+        write_bundle=False,
+    )
 
 
-def test_what_one_rank_hears_makes_all_write(whole: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["fsdp", "tensor", "context", "pipeline"])
+def test_what_one_rank_hears_all_ranks_do(axis: str, whole: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
     recipe, data, _undisturbed = whole
-    run(2, train_noticed, override(recipe, {"checkpoint.every_steps": 0}), data, tmp_path / "run")
-    assert [found.step for found in checkpoint.complete(tmp_path / "run" / "checkpoints")] == [4, 10]
+    axes = {"parallelism.fsdp": 1, f"parallelism.{axis}": 2, "checkpoint.every_steps": 0}
+    outcomes = run(2, train_noticed, override(recipe, axes), data, tmp_path / "run")
+    assert [(outcome["status"], outcome["step"]) for outcome in outcomes] == [("interrupted", 6)] * 2
+    assert [found.step for found in checkpoint.complete(tmp_path / "run" / "checkpoints")] == [4, 6]

@@ -22,8 +22,6 @@ class Layout:
     parallelism: Parallelism
     coordinate: Coordinate
     """This rank's share of every global batch."""
-    sums_group: dist.ProcessGroup | None
-    """Ranks over which loss sums, weights and metrics add up to the global batch: batch × context × pipeline."""
     batch_group: dist.ProcessGroup | None
     """Ranks with different rows (and equal parameters or shards of them)."""
     shard_mesh: DeviceMesh | None = None
@@ -38,10 +36,23 @@ class Layout:
     context_rank: int = 0
     data_group: dist.ProcessGroup | None = None
     """Ranks over which gradients add up: batch × context."""
+    tensor_rank: int = 0
+    """Ranks with the same rows and positions: what is counted of them is counted on the first."""
 
     @property
     def replicas(self) -> int:
         return self.coordinate.count
+
+    def counted_once(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over this rank's tokens, ready to be added up over all ranks: zeros where a tensor peer counts them."""
+        return torch.zeros_like(sums) if self.tensor_rank else sums
+
+    def add_up(self, sums: torch.Tensor) -> None:
+        """In place, over all ranks; over batch × context × pipeline axes for what is `counted_once`.
+
+        Collective: every rank must call it, in the same order."""
+        if self.mesh is not None:
+            dist.all_reduce(sums)
 
 
 def make_layout(parallelism: Parallelism) -> Layout:
@@ -50,7 +61,7 @@ def make_layout(parallelism: Parallelism) -> Layout:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if parallelism.workers > 1:
             raise Refused("parallelism.workers", f"{parallelism.workers} workers, but one process runs")
-        return Layout(device, None, parallelism, Coordinate(), None, None)
+        return Layout(device, None, parallelism, Coordinate(), None)
     world = dist.get_world_size()
     if world != parallelism.workers:
         raise Refused("parallelism.workers", f"{parallelism.workers} workers, but {world} processes run")
@@ -67,7 +78,6 @@ def make_layout(parallelism: Parallelism) -> Layout:
         mesh_dim_names=("pipeline", "replicate", "fsdp", "expert", "context", "tensor"),
     )
     batch = mesh["replicate", "fsdp", "expert"]._flatten("batch")
-    sums = mesh["pipeline", "replicate", "fsdp", "expert", "context"]._flatten("sums")
     data = mesh["replicate", "fsdp", "expert", "context"]._flatten("data")
     shards = mesh["fsdp", "expert", "context"]._flatten("shards")
     replicated = parallelism.replicate > 1
@@ -76,7 +86,6 @@ def make_layout(parallelism: Parallelism) -> Layout:
         mesh,
         parallelism,
         Coordinate(batch.get_local_rank(), batch.size()),
-        sums.get_group(),
         batch.get_group(),
         shard_mesh=DeviceMesh._concatenate([mesh["replicate"], shards]) if replicated else shards,
         expert_shard_mesh=mesh["replicate", "fsdp"] if replicated else mesh["fsdp"],
@@ -84,4 +93,5 @@ def make_layout(parallelism: Parallelism) -> Layout:
         context_group=mesh["context"].get_group(),
         context_rank=mesh["context"].get_local_rank(),
         data_group=data.get_group(),
+        tensor_rank=mesh["tensor"].get_local_rank(),
     )

@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from heliostat.parallel.context import positions
@@ -89,10 +88,9 @@ class RouterBalance:
 
         Collective: every rank must call it, in the same order."""
         self.counting = False
-        # Tensor peers have the same tokens, all others have other tokens or layers.
-        sums = torch.cat([self._sums, weight.double().reshape(1)])
-        if self.parallel.layout.sums_group is not None:
-            dist.all_reduce(sums, group=self.parallel.layout.sums_group)
+        layout = self.parallel.layout
+        sums = layout.counted_once(torch.cat([self._sums, weight.double().reshape(1)]))
+        layout.add_up(sums)
         chosen_E, probability_E, rest = sums.split([self.num_experts, self.num_experts, 2])
         tokens, weight = rest[0].clamp(min=1), rest[1]
         fraction_E = chosen_E / tokens

@@ -190,11 +190,11 @@ class TrainStep:
                     *(metric_sums[name].double() for name in names),
                 ]
             )
-        sums[2], sums[3] = float(wishes.stop), float(wishes.checkpoint)
         if micro:
             sums[4] = sum(batch.tokens for batch in batches)
-        if self.parallel.layout.sums_group is not None:
-            dist.all_reduce(sums, group=self.parallel.layout.sums_group)
+        sums = self.parallel.layout.counted_once(sums)
+        sums[2], sums[3] = float(wishes.stop), float(wishes.checkpoint)  # any rank's counts
+        self.parallel.layout.add_up(sums)
         return sums, names
 
     def _average_expert_grads(self) -> None:
