@@ -47,7 +47,7 @@ class Coordinate:
 
 READ_BYTES = 1 << 24
 """Rows of several batches, about so many bytes, are read at once, and handed out as views."""
-ORDER_ROWS = 1 << 14
+ORDER_ROWS = 1 << 16
 """So many positions of an epoch are found at once."""
 
 
@@ -64,7 +64,7 @@ class Loader:
     limit: int | None = None
     _ordered: tuple[int, int, np.ndarray] | None = field(default=None, init=False, repr=False)
     """The rows of some batches: their epoch, the first batch, and the row numbers."""
-    _read: tuple[Coordinate, int, int, list[int], pa.Table] | None = field(default=None, init=False, repr=False)
+    _read: tuple[Coordinate, int, int, list[int], Rows] | None = field(default=None, init=False, repr=False)
     """What was read of them for a coordinate: epoch, first batch, where each batch starts (and the last ends), rows."""
 
     def __post_init__(self) -> None:
@@ -97,26 +97,26 @@ class Loader:
         global batch has as many micro-batches, and every one exactly `size` rows (pipelines)."""
         batch_size = min(self.global_batch_size, self.order.total - cursor.batch * self.global_batch_size)
         longest = -(-(self.global_batch_size if fill else batch_size) // coordinate.count)
-        table, first, end = self._rows_of(cursor, coordinate)
+        read, first, end = self._rows_of(cursor, coordinate)
         micro_batches = []
         for start in range(first, first + longest, size):
-            rows = table.slice(start, max(0, min(size, end - start)))
-            weight = np.ones(rows.num_rows, np.float32)
-            missing = (size if fill else 1) - rows.num_rows
+            rows = read.slice(start, max(start, min(start + size, end)))
+            missing = (size if fill else 1) - len(rows.sample_ids)
             if missing > 0:
                 filling = self.reader.take(np.repeat(self.batch_rows(cursor)[:1], missing))
-                rows = pa.concat_tables([rows, filling]).combine_chunks()
-                weight = np.concatenate([weight, np.zeros(missing, np.float32)])
-            micro_batches.append(Rows(rows, rows.column("sample_id").to_numpy(), weight))
+                table = pa.concat_tables([rows.table, filling]).combine_chunks()
+                weight = np.concatenate([rows.row_weight_B, np.zeros(missing, np.float32)])
+                rows = Rows(table, table.column("sample_id").to_numpy(), weight)
+            micro_batches.append(rows)
         return micro_batches
 
-    def _rows_of(self, cursor: Cursor, coordinate: Coordinate) -> tuple[pa.Table, int, int]:
-        """A table with a coordinate's rows of a global batch, and where they start and end in it."""
+    def _rows_of(self, cursor: Cursor, coordinate: Coordinate) -> tuple[Rows, int, int]:
+        """Rows among which are a coordinate's of a global batch, and where those start and end."""
         if self._read is not None and self._read[:2] == (coordinate, cursor.epoch):
-            _, _, first, starts, table = self._read
+            _, _, first, starts, read = self._read
             at = cursor.batch - first
             if 0 <= at < len(starts) - 1:
-                return table, starts[at], starts[at + 1]
+                return read, starts[at], starts[at + 1]
         share_bytes = self.row_bytes * -(-self.global_batch_size // coordinate.count)
         count = max(1, READ_BYTES // share_bytes)
         first, rows = self._order_from(cursor, max(count, ORDER_ROWS // self.global_batch_size))
@@ -126,8 +126,9 @@ class Loader:
         shares = [batch[coordinate.index :: coordinate.count] for batch in batches]
         starts = [0, *itertools.accumulate(map(len, shares))]
         table = self.reader.take(np.concatenate(shares))
-        self._read = (coordinate, cursor.epoch, cursor.batch, starts, table)
-        return table, 0, starts[1]
+        read = Rows(table, table.column("sample_id").to_numpy(), np.ones(starts[-1], np.float32))
+        self._read = (coordinate, cursor.epoch, cursor.batch, starts, read)
+        return read, 0, starts[1]
 
     def _order_from(self, cursor: Cursor, batches: int) -> tuple[int, np.ndarray]:
         """The row numbers of this batch and others around it, and the first of these batches. `batches`: how many from
@@ -157,7 +158,7 @@ class Loader:
         return np.concatenate([shuffled.reshape(-1), rows[count * self.global_batch_size :]])
 
 
-ORDER_VERSION = 2
+ORDER_VERSION = 3
 """Of the function from (seed, epoch, data) to an epoch's order."""
 
 

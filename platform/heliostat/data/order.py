@@ -131,28 +131,34 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
     A Feistel network over the next power of two, applied again to what falls outside (cycle walking): Black & Rogaway
     2002, "Ciphers with Arbitrary Finite Domains". Its round functions are drawn from a strongly universal family,
-    multiply-add-shift: Dietzfelbinger 1996."""
+    multiply-add-shift: Dietzfelbinger 1996, for which words of twice a half's bits are enough. (Words of 32 bits take a
+    third of the time of 64.)"""
     bits = max(2, (size - 1).bit_length())
     rounds = mix(key + mix(np.arange(2 * ROUNDS, dtype=np.uint64))[:, None])
-    x = _feistel(index.astype(np.uint64), bits, rounds)
-    outside = np.flatnonzero(x >= np.uint64(size))
+    word: type[np.uint32] | type[np.uint64] = np.uint32 if bits <= 32 else np.uint64
+    if word is np.uint32:
+        rounds = rounds >> np.uint64(32)
+    rounds, last = rounds.astype(word), word(max(size - 1, 0))
+    x = _feistel(index.astype(word), bits, rounds)
+    outside = np.flatnonzero(x > last)
     while len(outside):
         x[outside] = _feistel(x[outside], bits, rounds if len(key) == 1 else rounds[:, outside])
-        outside = outside[x[outside] >= np.uint64(size)]
+        outside = outside[x[outside] > last]
     return x.astype(np.int64)
 
 
 def _feistel(x: np.ndarray, bits: int, rounds: np.ndarray) -> np.ndarray:
     """A permutation of range(2^bits) by an even number of rounds, of two keys each; with odd bits, the halves differ by
-    one."""
+    one. `x`, `rounds`: unsigned, of at least 2 × `low` bits."""
+    word, word_bits = x.dtype.type, x.dtype.itemsize * 8
     low, high = (bits + 1) // 2, bits // 2
-    left, right = x >> np.uint64(low), x & np.uint64((1 << low) - 1)
+    left, right = x >> word(low), x & word((1 << low) - 1)
     for number, (multiplier, addend) in enumerate(zip(rounds[::2], rounds[1::2], strict=True)):
         mixed = right * multiplier
         mixed += addend
-        mixed >>= np.uint64(32)
+        # The left half is `high` bits wide before even rounds, `low` before odd ones; the product's highest bits are
+        # the random ones.
+        mixed >>= word(word_bits - (low if number % 2 else high))
         mixed ^= left
-        # The left half is `high` bits wide before even rounds, `low` before odd ones.
-        mixed &= np.uint64((1 << (low if number % 2 else high)) - 1)
         left, right = right, mixed
-    return (left << np.uint64(low)) | right
+    return (left << word(low)) | right

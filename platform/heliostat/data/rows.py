@@ -45,7 +45,7 @@ class _Numbers(_Column):
         self.array, self.values = array, array.to_numpy()
 
     def take(self, rows: np.ndarray) -> pa.Array:
-        return pa.array(self.values[rows])
+        return _array(self.values[rows], self.array.type)
 
 
 class _Lists(_Column):
@@ -76,7 +76,9 @@ class _Lists(_Column):
         offsets = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(length, out=offsets[1:])
         flat = np.concatenate(pieces) if odd else pieces[0]
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=self.array.type)
+        return pa.ListArray.from_arrays(
+            _array(offsets, pa.int32()), _array(flat, self.array.type.value_type), type=self.array.type
+        )
 
 
 def _column(array: pa.Array) -> _Column:
@@ -86,6 +88,11 @@ def _column(array: pa.Array) -> _Column:
     if pa.types.is_list(kind) and _is_number(kind.value_type) and not array.null_count and not array.values.null_count:
         return _Lists(array)
     return _Column(array)
+
+
+def _array(numbers: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Not `pa.array`, which looks for pandas' types for as long as a batch is copied."""
+    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _is_number(kind: pa.DataType) -> bool:

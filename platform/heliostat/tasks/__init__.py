@@ -40,6 +40,10 @@ class Rows:
     sample_ids: np.ndarray
     row_weight_B: np.ndarray
 
+    def slice(self, start: int, stop: int) -> Rows:
+        """A view of some."""
+        return Rows(self.table.slice(start, stop - start), self.sample_ids[start:stop], self.row_weight_B[start:stop])
+
     def column(self, name: str) -> pa.Array:
         column = self.table.column(name)
         return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -220,15 +224,20 @@ PADDING_MULTIPLE = 8
 """Rows are padded to a multiple of so many tokens."""
 
 
-def pad_lists(
-    column: pa.Array, fill: int, length: int | None = None, multiple: int = PADDING_MULTIPLE, spare: int = 0
-) -> Tensor:
-    """A list column as a (B, T + spare) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`),
-    and by `spare` more."""
+def pad_lists(column: pa.Array, fill: int, length: int | None = None) -> Tensor:
+    """A list column as a (B, T) int64 tensor, padded on the right to a multiple of 8 tokens (or to `length`)."""
+    return torch.from_numpy(padded_lists(column, fill, length)[0])
+
+
+def padded_lists(
+    column: pa.Array, fill: int, length: int | None = None, spare: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same as an array, padded by `spare` more; and how long each of the B lists is. (Arrays, since PyTorch takes
+    several times as long as NumPy over each operation on a batch of tokens.)"""
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy()[offsets[0] : offsets[-1]]
     lengths = offsets[1:] - offsets[:-1]
-    width = length or -(-int(lengths.max(initial=1)) // multiple) * multiple
+    width = length or -(-int(lengths.max(initial=1)) // PADDING_MULTIPLE) * PADDING_MULTIPLE
     if len(values) == len(lengths) * width:  # nothing to pad
         padded = np.empty((len(lengths), width + spare), np.int64)
         padded[:, :width] = values.reshape(-1, width)
@@ -236,7 +245,7 @@ def pad_lists(
     else:
         padded = np.full((len(lengths), width + spare), fill, np.int64)
         padded[np.arange(width + spare) < lengths[:, None]] = values
-    return torch.from_numpy(padded)
+    return padded, lengths
 
 
 def labels_of(column: pa.ChunkedArray, field_name: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heliostat.models.load import load_tokenizer
 from heliostat.recipe import Refused
-from heliostat.tasks import Batch, Rows, Task, pad_lists, row_name
+from heliostat.tasks import Batch, Rows, Task, pad_lists, padded_lists, row_name
 
 IGNORED = -100
 DOCUMENTS = "document_lengths"
@@ -67,21 +67,22 @@ class LanguageModel(Task):
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
         # The label of position t is token t + 1; a document's last has none. Both are views of one tensor as long as
         # no other label is masked out: a copy would cost as much as reading the rows.
-        tokens_BT1 = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length, spare=1)
+        tokens_BT1, lengths_B = padded_lists(rows.column("input_ids"), self.facts["padding_id"], length, spare=1)
         tokens_BT1[:, -1] = IGNORED
-        ids_BT, labels_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
-        lengths = rows.column("length").to_numpy()
+        ids_BT, labels_BT = torch.from_numpy(tokens_BT1[:, :-1]), torch.from_numpy(tokens_BT1[:, 1:])
         inputs = {"input_ids": ids_BT}
-        if DOCUMENTS in rows.table.column_names or lengths.min() < ids_BT.shape[1]:
+        isolated = rows.table.schema.get_field_index(DOCUMENTS) >= 0
+        padded = lengths_B.min() < ids_BT.shape[1]
+        if isolated or padded:
             labels_BT = labels_BT.clone()
-        if DOCUMENTS in rows.table.column_names:
+        if isolated:
             # No mask: without one, transformers finds the documents in their positions. Each padded position is a
             # document of its own, so that none sees nothing.
             positions_BT = document_positions(rows.column("input_ids"), rows.column(DOCUMENTS), ids_BT.shape[1])
             inputs["position_ids"] = positions_BT
             labels_BT[:, :-1].masked_fill_(positions_BT[:, 1:] == 0, IGNORED)
-        elif lengths.min() < ids_BT.shape[1]:
-            inside_BT = torch.arange(ids_BT.shape[1]) < torch.from_numpy(lengths.astype(np.int64))[:, None]
+        elif padded:
+            inside_BT = torch.arange(ids_BT.shape[1]) < torch.from_numpy(lengths_B)[:, None]
             inputs["attention_mask"] = inside_BT.long()
             labels_BT[:, :-1].masked_fill_(~inside_BT[:, 1:], IGNORED)
         return Batch(inputs, {"labels": labels_BT}, torch.from_numpy(rows.row_weight_B), rows.sample_ids)
