@@ -14,7 +14,7 @@ test: $(VENV)/ready apt
 	$(BIN)/python -m pytest -m "not slow" tests
 
 test-all: $(VENV)/ready apt
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest $(if $(SLOW_S),--slow-s $(SLOW_S)) tests
 
 # System packages that tests need. Where root on Debian or Ubuntu does not run this, those tests skip and say why.
 apt:

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+STARTED = time.monotonic()
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("heliostat", deadline=None)
+hypothesis.settings.load_profile("heliostat")
+NOT_BEGUN = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-s", type=float, help="begin no slow test later than so many seconds from the start, and say which"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests come last. Where time may run out on them, the commit decides which is the first, so that it is not
+    always the same ones that are left."""
+    config.stash[NOT_BEGUN] = []
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and config.getoption("slow_s") is not None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+        first = int(commit, 16) % len(slow)
+        slow = slow[first:] + slow[:first]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")] + slow
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    limit = item.config.getoption("slow_s")
+    if limit is None or not item.get_closest_marker("slow") or time.monotonic() - STARTED < limit:
+        return None
+    item.config.stash[NOT_BEGUN].append(item.nodeid)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left := config.stash[NOT_BEGUN]:
+        terminalreporter.section(f"{len(left)} slow tests were not begun: their time was up")
+        for name in left:
+            terminalreporter.write_line(name)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -73,7 +73,7 @@ def simulate(
     return pq.read_table(write_samples(run_dir, saved, [source.name for source in loader.sources]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     loaders(),
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 12)), min_size=1, max_size=5),
