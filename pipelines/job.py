@@ -227,9 +227,13 @@ def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
 
 
 def _resumable(path: Path) -> bool:
-    """Whether a run's folder has checkpoints, or says that they are elsewhere."""
-    recipe = path / "recipe.json"
-    return (path / "checkpoints").is_dir() or (recipe.is_file() and bool(load(recipe).checkpoint.storage))
+    """Whether a run's folder has checkpoints or a search's study, or says that they are elsewhere."""
+    if (path / "checkpoints").is_dir() or (path / "study.db").is_file():
+        return True
+    if not (path / "recipe.json").is_file():
+        return False
+    recipe = load(path / "recipe.json")
+    return bool(recipe.checkpoint.storage or recipe.tune.storage)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from heliostat.evaluate import gain
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
 from heliostat.launch.train import fit
-from heliostat.launch.tune import search
+from heliostat.launch.tune.search import search
+from heliostat.launch.tune.study import STUDY_FILE
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Recipe, build, override, write_atomically
 from heliostat.registry import champion, promote, register
@@ -83,7 +84,8 @@ def run(job: Job) -> dict[str, Any]:
 
     def do_tune() -> dict[str, Any]:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        return search(recipe, kept[0].folder, kept[0].meta["rows"]["train"], job.run_dir)
+        rows = kept[0].meta["rows"]["train"]
+        return search(recipe, kept[0].folder, rows, job.run_dir, resume=(job.run_dir / STUDY_FILE).exists())
 
     def do_train() -> dict[str, Any]:
         outcome = fit(best, kept[0].folder, job.run_dir)

@@ -7,8 +7,11 @@ from heliostat.data.prepare import prepare
 from heliostat.hardware import this_machine
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect, logical_cpus, starts_here
-from heliostat.launch.tune import check_space, search, short, trials_at_once
+from heliostat.launch.tune.driver import short
+from heliostat.launch.tune.search import search
+from heliostat.launch.tune.space import check_space, trials_at_once
 from heliostat.recipe import build
+from heliostat.tasks import get_task
 from pipelines.job import Job, main
 
 
@@ -17,28 +20,32 @@ def run(job: Job) -> dict[str, Any]:
     with connect(job.recipe, job.options.address):
         prepared, _ = prepare(job.recipe, run_on_ray)
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        found = search(job.recipe, prepared.folder, prepared.meta["rows"]["train"], job.run_dir)
+        found = search(
+            job.recipe, prepared.folder, prepared.meta["rows"]["train"], job.run_dir, resume=bool(job.options.resume)
+        )
     best = job.run_dir / "best_recipe.json"
     build(found["best_recipe"]).save(best)
-    table(found["trials"], found["metric"])
+    table(found["trials"])
     return found | {"best_recipe": str(best), "metrics": {"best_value": found["best_value"]}}
 
 
 def check_search(job: Job) -> None:
     """Refuse, before Ray starts, a search that cannot run."""
-    check_space(job.recipe)
+    check_space(job.recipe, get_task(job.recipe))
     if starts_here(job.options.address):
         trials_at_once(job.recipe, [{"CPU": logical_cpus(), "GPU": this_machine().gpus}], "this machine")
 
 
-def table(trials: list[dict[str, Any]], metric: str) -> None:
+def table(trials: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = Table(*trials[0]["values"], metric, "evaluations", "error", title="Trials, best first")
+    paths = list(dict.fromkeys(path for trial in trials for path in trial["values"]))
+    others = [name for name in trials[0] if name not in ("values", "error")]
+    rows = Table(*paths, *others, "error", title="Trials, best first")
     for trial in trials:
-        figures = [*trial["values"].values(), trial[metric], trial["evaluations"]]
-        rows.add_row(*map(short, figures), trial["error"] or "")
+        figures = [trial["values"].get(path, "") for path in paths] + [trial[name] for name in others]
+        rows.add_row(*("" if figure is None else short(figure) for figure in figures), trial["error"] or "")
     Console(stderr=True).print(rows)
 
 

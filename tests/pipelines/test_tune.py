@@ -6,19 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
 from heliostat.launch.cluster import logical_cpus
-from heliostat.launch.tune import trial_recipe
+from heliostat.launch.tune.space import trial_recipe
+from heliostat.launch.tune.study import STUDY_FILE
 from heliostat.recipe import Recipe, Refused, load, override
 from heliostat.train.loop import train
 from pipelines import tune
 from pipelines.job import Job, parse
-from tests.pipelines.jobs import Done, run
+from tests.pipelines.jobs import Done, run, start
 from tests.recipes import prepared, tiny_bert
 
 LR = {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}
-INVALID = {"model.freeze_layers": {"kind": "choice", "values": [0, 99]}, "optimizer.lr": LR}
+INVALID = {"model.freeze_layers": {"kind": "choice", "values": [0, 99]}}
 
 
 def recipe_file(folder: Path, space: dict[str, Any], **overrides: Any) -> Path:
@@ -27,17 +30,19 @@ def recipe_file(folder: Path, space: dict[str, Any], **overrides: Any) -> Path:
     return folder / "recipe.json"
 
 
-def ok(done: Done) -> dict[str, Any]:
+def ok(done: Done, told: int | None = None) -> dict[str, Any]:
+    """`told`: of how many trials this job was to say that they ended; all of them where nothing else is said."""
     assert done.code == 0, done.stderr[-4000:]
     trials = done.answer["trials"]
-    finished = [trial["accuracy"] for trial in trials if trial["error"] is None]
-    assert finished == sorted(finished, reverse=True)
-    assert all(trial["accuracy"] is None for trial in trials[len(finished) :]), "failed trials are listed last"
+    known = [trial["accuracy"] for trial in trials if trial["state"] in ("done", "pruned")]
+    assert known == sorted(known, reverse=True)
+    assert all(trial["accuracy"] is None for trial in trials[len(known) :]), "failed trials are listed last"
+    finished = [trial["accuracy"] for trial in trials if trial["state"] == "done"]
     assert done.answer["best_value"] == done.answer["metrics"]["best_value"] == max(finished)
     said = done.stderr
-    assert sum(line.startswith("trial ") for line in said.splitlines()) == len(trials), "a line for each trial"
-    for noise in ("tensorboard", "View detailed results", "Configuration for experiment"):
-        assert noise not in said
+    assert sum(line.startswith("trial ") for line in said.splitlines()) == (told or len(trials)), (
+        "a line for each trial"
+    )
     assert not (Path(done.answer["run_dir"]) / "trials").exists(), "nothing of the trials stays but their figures"
     return done.answer
 
@@ -62,27 +67,62 @@ def test_search_finds_the_best_of_its_trials(tmp_path: Path) -> None:
         assert 1e-4 <= trial["values"]["optimizer.lr"] <= 1e-2
         assert 0.0 <= trial["values"]["training.label_smoothing"] <= 0.3
     assert len({trial["values"]["optimizer.lr"] for trial in answer["trials"]}) == 4
-    winner = answer["trials"][0]
-    if winner["evaluations"] == 3:  # ASHA may have stopped it earlier
-        assert accuracy_here(load(file), winner["values"], tmp_path / "here") == pytest.approx(winner["accuracy"])
+    winner = next(trial for trial in answer["trials"] if trial["state"] == "done")
+    assert winner["evaluations"] == 3
+    assert accuracy_here(load(file), winner["values"], tmp_path / "here") == pytest.approx(winner["accuracy"])
 
     best, _ = parse(["--recipe", answer["best_recipe"]])
     assert best == override(load(file), winner["values"]), "the winner's values, and the recipe's own epochs and rows"
 
 
+@pytest.mark.slow
 def test_trials_of_two_workers_and_one_that_cannot_be(tmp_path: Path) -> None:
-    """Each takes all CPUs: the second, which fails, can only start once the first, stopped at its last evaluation,
-    has given them back."""
-    settings = {"tune.workers_per_trial": 2, "tune.num_trials": 2, "parallelism.cpus_per_worker": logical_cpus() // 2}
-    file = recipe_file(tmp_path, INVALID, **settings, seed=6)  # a seed that draws 0 first, then 99
+    """Each takes all CPUs: the second, which fails, can only start once the first has given them back."""
+    settings = {
+        "tune.workers_per_trial": 2,
+        "tune.algorithm": "grid",
+        "parallelism.cpus_per_worker": logical_cpus() / 2,
+    }
+    file = recipe_file(tmp_path, INVALID, **settings)
     answer = ok(run("tune", str(file)))
     finished, failed = answer["trials"]
     assert (finished["values"]["model.freeze_layers"], finished["error"]) == (0, None)
     assert failed["values"]["model.freeze_layers"] == 99
-    assert failed["error"] == "model.freeze_layers: 99 of 2 blocks (use ≤ 2)"
+    assert (failed["state"], failed["error"]) == ("infeasible", "model.freeze_layers: 99 of 2 blocks (use ≤ 2)")
     assert finished["evaluations"] == 3
     here = accuracy_here(load(file), finished["values"], tmp_path / "here")
     assert here == pytest.approx(finished["accuracy"], abs=1 / 32), "as one process, but for the order of sums"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_no_trial_is_lost_or_made_twice(tmp_path: Path) -> None:
+    """kill -9 of the driver while a trial runs; its head goes with it."""
+    file = recipe_file(tmp_path, {"optimizer.lr": LR}, **{"tune.num_trials": 5, "tune.scheduler": "none"})
+    process = start("tune", str(file), "--run-name", "killed")
+    assert process.stderr is not None
+    lines = 0
+    while lines < 2:
+        lines += process.stderr.readline().startswith("trial ")
+    process.kill()
+    process.communicate(timeout=60)
+    run_dir = tmp_path / "storage" / "runs" / "killed"
+
+    def trials() -> dict[int, Any]:
+        study = optuna.load_study(study_name="killed", storage=f"sqlite:///{run_dir / STUDY_FILE}")
+        return {trial.number: trial for trial in study.trials}
+
+    before = trials()
+    assert any(not trial.state.is_finished() for trial in before.values()), "one was running"
+    answer = ok(
+        run("tune", str(file), "--resume", str(run_dir)), told=5 - sum(t.state.is_finished() for t in before.values())
+    )
+    after = trials()
+    assert sorted(trial["number"] for trial in answer["trials"]) == sorted(after) == [0, 1, 2, 3, 4]
+    for number, trial in before.items():
+        assert after[number].params == trial.params
+        assert after[number].state == TrialState.COMPLETE
+        if trial.state.is_finished():
+            assert after[number] == trial, "it was not made again"
 
 
 def test_all_trials_failing_is_a_failure(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
-from heliostat.launch.tune import check_space, outcome, ranked, search_range, trial_recipe, trials_at_once
-from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Uniform, override
+from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED
+from heliostat.launch.tune.space import check_space, draw, trial_recipe, trials_at_once
+from heliostat.launch.tune.study import STUDY_FILE, Study
+from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Tune, Uniform, override
+from heliostat.tasks import get_task
 from tests.recipes import tiny_bert
 
 LR = {"optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}}
@@ -32,8 +37,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def samples(spec: SearchRange, number: int = 400) -> list[Any]:
-    domain = search_range(spec)
-    return [domain.sample() for _ in range(number)]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [draw(study.ask(), {"x": spec})["x"] for _ in range(number)]
 
 
 def test_ranges_hold_what_they_say() -> None:
@@ -116,24 +121,194 @@ def test_a_trial_that_never_fits_is_refused(recipe: Recipe) -> None:
         assert suggestion in refused.value.suggestion
 
 
-@pytest.mark.parametrize("path", ["data.sequence_length", "model.max_length", "parallelism.workers", "seed"])
+@pytest.mark.parametrize("path", ["data.sequence_length", "model.max_length", "tune.limit", "seed"])
 def test_what_trials_share_is_not_searched(path: str, tmp_path: Path) -> None:
     space = {path: {"kind": "choice", "values": [1, 2]}}
     with pytest.raises(Refused, match=path) as refused:
-        check_space(tiny_bert(tmp_path, **{"tune.space": space}))
+        checked(tiny_bert(tmp_path, **{"tune.space": space}))
     assert refused.value.field == "tune.space"
 
 
-def test_ranking_puts_failures_last() -> None:
-    error = Refused("model.freeze_layers", "99 of 2 blocks")
-    rows = [
-        outcome({"x": 1}, {"loss": 0.5, "training_iteration": 2}, None, "loss"),
-        outcome({"x": 2}, {"loss": math.nan, "training_iteration": 1}, None, "loss"),
-        outcome({"x": 3}, {"loss": 0.1, "training_iteration": 1}, error, "loss"),
-        outcome({"x": 4}, {"loss": 0.3, "training_iteration": 4}, None, "loss"),
-        outcome({"x": 5}, None, None, "loss"),
-    ]
-    assert [row["values"]["x"] for row in ranked(rows, "loss", False)] == [4, 1, 2, 3, 5]
-    assert [row["values"]["x"] for row in ranked(rows, "loss", True)] == [1, 4, 2, 3, 5]
-    assert [row["error"] for row in rows] == [None, "loss is nan", str(error), None, "it ended without an evaluation"]
-    assert [row["loss"] for row in rows] == [0.5, None, None, 0.3, None]
+def checked(recipe: Recipe) -> None:
+    check_space(recipe, get_task(recipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "reason"),
+    [
+        ({"tune.objectives": ["accuracy", "second"], "tune.scheduler": "none"}, "tune.objectives", "second"),
+        ({"tune.objectives": ["accuracy", "seconds"]}, "tune.scheduler", "asha ranks trials by one value, here are 2"),
+        ({"tune.algorithm": "grid"}, "tune.space", "a grid has no points for optimizer.lr"),
+    ],
+)
+def test_what_cannot_be_searched(settings: dict[str, Any], field: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=reason) as refused:
+        checked(tiny_bert(tmp_path, **({"tune.space": LR} | settings)))
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("when", "reason"),
+    [({"a": {"b": [1]}, "b": {"a": [1]}}, "in a circle"), ({"a": {"c": [1]}, "b": {}}, "a depends on c, which is not")],
+)
+def test_conditions_that_cannot_be(when: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Tune(space={path: Choice(values=[1, 2], when=given) for path, given in when.items()})
+
+
+def test_a_layout_can_be_searched(recipe: Recipe) -> None:
+    several = recipe.model_copy(update={"tune": recipe.tune.model_copy(update={"workers_per_trial": 4})})
+    trial = trial_recipe(several, {"parallelism.fsdp": 2}, rows=64)
+    assert (trial.parallelism.workers, trial.parallelism.fsdp, trial.parallelism.replicate) == (4, 2, 2)
+    with pytest.raises(Refused, match="workers=4 is not a multiple"):
+        trial_recipe(several, {"parallelism.fsdp": 3}, rows=64)
+
+
+SPACE: dict[str, SearchRange] = {
+    "depth": Integers(low=1, high=4, when={"kind": ["tree"]}),
+    "kind": Choice(values=["tree", "line"]),
+    "x": Uniform(low=-2, high=2),
+}
+
+
+def study(folder: Path, resume: bool = False, objectives: dict[str, bool] | None = None, **settings: Any) -> Study:
+    tune = Tune(**({"space": SPACE, "scheduler": "none", "num_trials": 30} | settings))
+    return Study(tune, objectives or {"loss": False}, 3, "a-search", folder, resume)
+
+
+def test_a_condition_decides_what_is_drawn(tmp_path: Path) -> None:
+    searched = study(tmp_path)
+    for _ in range(30):
+        number, values = searched.ask()
+        assert ("depth" in values) == (values["kind"] == "tree")
+        searched.tell(number, DONE, {"loss": values["x"] ** 2})
+    assert {row["values"]["kind"] for row in searched.rows()} == {"tree", "line"}
+
+
+def test_a_grid_is_every_combination_once_also_when_resumed(tmp_path: Path) -> None:
+    space = {"a": Choice(values=["p", "q"]), "b": Integers(low=3, high=5)}
+    seen = []
+    for resume in (False, True):
+        searched = study(tmp_path, resume, algorithm="grid", space=space)
+        assert searched.number == 6
+        for _ in range(3):
+            number, values = searched.ask()
+            seen.append(values)
+            searched.tell(number, DONE, {"loss": 0.0})
+    assert seen == [{"a": a, "b": b} for a, b in itertools.product("pq", (3, 4, 5))]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe", "cma_es", "nsga2"])
+def test_it_proposes_what_optuna_does(algorithm: str, tmp_path: Path) -> None:
+    """The same seed, one trial after the other: the same values as a study of Optuna's own, without the database."""
+    space = {"x": Uniform(low=-2, high=2), "y": LogUniform(low=1e-3, high=10)}
+    searched = study(tmp_path, algorithm=algorithm, space=space)
+    plain = optuna.create_study(
+        sampler={
+            "random": optuna.samplers.RandomSampler(seed=3),
+            "tpe": optuna.samplers.TPESampler(seed=3),
+            "cma_es": optuna.samplers.CmaEsSampler(seed=3),
+            "nsga2": optuna.samplers.NSGAIISampler(seed=3),
+        }[algorithm]
+    )
+    for _ in range(30):
+        number, values = searched.ask()
+        trial = plain.ask()
+        assert values == {"x": trial.suggest_float("x", -2, 2), "y": trial.suggest_float("y", 1e-3, 10, log=True)}
+        loss = (values["x"] - 1) ** 2 + (values["y"] - 0.1) ** 2
+        searched.tell(number, DONE, {"loss": loss})
+        plain.tell(trial, loss)
+    assert searched.rows()[0]["values"] == plain.best_params
+    if algorithm == "tpe":
+        assert searched.rows()[0]["loss"] < 0.1
+
+
+def test_the_database_outlives_the_driver_and_is_optunas(tmp_path: Path) -> None:
+    first = study(tmp_path, scheduler="median")
+    for loss in (0.5, None, 0.2):
+        number, _ = first.ask()
+        first.report(number, 1, {"loss": 0.7})
+        if loss is not None:
+            first.tell(number, DONE, {"loss": loss})
+    number, _ = first.ask()
+    first.tell(number, INFEASIBLE, {}, "too large")
+    # No word of an end: this is what a killed driver leaves.
+    second = study(tmp_path, resume=True, scheduler="median")
+    assert (second.begun, list(second.interrupted)) == (4, [1])
+    assert second.interrupted == first.interrupted
+    assert second.rows() == first.rows()
+    assert second.report(1, 1, {"loss": 99.0}), "a report made before decides nothing, and is not made twice"
+    second.tell(1, DONE, {"loss": 0.1})
+    plain = optuna.load_study(study_name="a-search", storage=f"sqlite:///{tmp_path / STUDY_FILE}")
+    assert (plain.best_value, plain.best_trial.number) == (0.1, 1)
+    assert Counter(trial.state.name for trial in plain.trials) == {"COMPLETE": 3, "FAIL": 1}
+    assert plain.trials[1].intermediate_values == {1: 0.7}
+    assert plain.trials[3].user_attrs["heliostat"]["reason"] == "too large"
+
+
+def test_another_search_does_not_go_on_with_it(tmp_path: Path) -> None:
+    study(tmp_path)
+    with pytest.raises(Refused, match="already holds a study a-search"):
+        study(tmp_path)
+    with pytest.raises(Refused, match="the study was begun with") as refused:
+        study(tmp_path, resume=True, space={"x": Uniform(low=0, high=1)})
+    assert refused.value.field == "tune.space"
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(Refused, match="holds none of the name a-search"):
+        study(tmp_path / "elsewhere", resume=True)
+
+
+def test_a_database_that_is_not_there_is_refused_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="cannot be opened") as refused:
+        study(tmp_path, storage="postgresql+nodriver://me:hidden@127.0.0.1/x")
+    assert "hidden" not in str(refused.value)
+
+
+def test_the_front_is_what_nothing_beats_in_all(tmp_path: Path) -> None:
+    points = [(0.9, 5.0), (0.8, 2.0), (0.8, 3.0), (0.5, 1.0), (0.4, 1.5)]
+    searched = study(tmp_path, objectives={"accuracy": True, "seconds": False}, num_trials=5)
+    for accuracy, seconds in points:
+        number, _ = searched.ask()
+        assert searched.report(number, 1, {"accuracy": accuracy})
+        searched.tell(number, DONE, {"accuracy": accuracy, "seconds": seconds})
+    front = {(row["accuracy"], row["seconds"]) for row in searched.rows() if row["pareto"]}
+    assert front == {(a, s) for a, s in points if not any((b >= a and t <= s) and (b, t) != (a, s) for b, t in points)}
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_bad_trials_end_early_and_good_ones_do_not(scheduler: str, tmp_path: Path) -> None:
+    """Of 24 whose losses never cross, the best gets all its 9 reports, and all together well below all theirs."""
+    searched = study(tmp_path, scheduler=scheduler, reports=9)
+    losses = [(7 * i) % 24 for i in range(24)]
+    made = 0
+    for loss in losses:
+        number, _ = searched.ask()
+        ended = False
+        for at in range(1, 10):
+            made += 1
+            if not searched.report(number, at, {"loss": loss + 1 / at}):
+                searched.tell(number, PRUNED, {"loss": loss + 1 / at})
+                ended = True
+                break
+        if not ended:
+            searched.tell(number, DONE, {"loss": loss + 1 / 9})
+    best = searched.rows()[0]
+    assert (best["state"], best["evaluations"], best["loss"]) == (DONE, 9, pytest.approx(1 / 9))
+    assert made < 24 * 9 * 0.7
+
+
+def test_ranking_puts_failures_last(tmp_path: Path) -> None:
+    searched = study(tmp_path, num_trials=4)
+    for state, figures, reason in (
+        (DONE, {"loss": 0.5}, ""),
+        (FAILED, {"loss": 0.1}, "loss is nan"),
+        (DONE, {"loss": 0.3}, ""),
+        (INFEASIBLE, {}, "model.freeze_layers: 99 of 2 blocks"),
+    ):
+        number, _ = searched.ask()
+        searched.tell(number, state, figures, reason)
+    rows = searched.rows()
+    assert [row["number"] for row in rows] == [2, 0, 1, 3]
+    assert [row["loss"] for row in rows] == [0.3, 0.5, None, None]
+    assert [row["error"] for row in rows] == [None, None, "loss is nan", "model.freeze_layers: 99 of 2 blocks"]
+    assert [row["pareto"] for row in rows] == [True, False, False, False]

@@ -271,25 +271,31 @@ class Recovery(Section):
     """How often a run with fewer than `parallelism.workers` looks whether there are more again."""
 
 
-class Uniform(Section):
+class Range(Section):
+    when: dict[str, Annotated[list[bool | int | float | str], Field(min_length=1)]] = {}
+    """Searched where each of these other paths of the space has one of these values; elsewhere the recipe's own value
+    stays."""
+
+
+class Uniform(Range):
     kind: Literal["uniform"] = "uniform"
     low: float
     high: float
 
 
-class LogUniform(Section):
+class LogUniform(Range):
     kind: Literal["log_uniform"] = "log_uniform"
     low: PositiveFloat
     high: PositiveFloat
 
 
-class Integers(Section):
+class Integers(Range):
     kind: Literal["int"] = "int"
     low: int
     high: int
 
 
-class Choice(Section):
+class Choice(Range):
     kind: Literal["choice"] = "choice"
     values: Annotated[list[bool | int | float | str], Field(min_length=1)]
 
@@ -298,10 +304,25 @@ SearchRange = Annotated[Uniform | LogUniform | Integers | Choice, Field(discrimi
 
 
 class Tune(Section):
+    algorithm: Literal["random", "grid", "tpe", "cma_es", "nsga2"] = "tpe"
+    """What proposes values: Optuna's samplers, or every combination of a space of choices."""
+    scheduler: Literal["none", "asha", "hyperband", "median"] = "asha"
+    """What ends trials early, by the metric that they report."""
+    objectives: list[str] = []
+    """What is to be good at once: the task's metric, `seconds` (of training), `parameters`. Empty: the metric."""
     num_trials: PositiveInt = 4
+    hours: PositiveFloat | None = None
+    """After so many no trial starts, and those that run end at their next report; resumed searches count on."""
+    gpu_hours: PositiveFloat | None = None
+    """The same for the sum over GPUs."""
     max_concurrent: Count = 0
     """0: as many as fit."""
     workers_per_trial: PositiveInt = 1
+    max_failures: Count = 2
+    """How often a trial whose process dies goes on from its checkpoint."""
+    storage: str = ""
+    """The study's database, as SQLAlchemy writes it: postgresql+psycopg://…, mysql+pymysql://…. Empty: a SQLite file in
+    the run's folder."""
     limit: PositiveInt | None = None
     """Training rows of a trial."""
     epochs: PositiveFloat = 1.0
@@ -315,7 +336,23 @@ class Tune(Section):
         for path, spec in self.space.items():
             if not isinstance(spec, Choice) and not spec.low < spec.high:
                 raise ValueError(f"the range of {path} is empty: low={spec.low} is not below high={spec.high}")
+        self.in_order()
         return self
+
+    def in_order(self) -> dict[str, SearchRange]:
+        """The space, each range behind those that it depends on."""
+        ordered: dict[str, SearchRange] = {}
+        left = dict(self.space)
+        while left:
+            free = {path: spec for path, spec in left.items() if not set(spec.when) & set(left)}
+            for path, spec in free.items():
+                if strange := sorted(set(spec.when) - set(self.space)):
+                    raise ValueError(f"{path} depends on {strange[0]}, which is not in the space")
+            if not free:
+                raise ValueError(f"{', '.join(sorted(left))} depend on each other in a circle")
+            ordered |= free
+            left = {path: spec for path, spec in left.items() if path not in free}
+        return ordered
 
 
 class Gate(Section):

@@ -119,6 +119,7 @@ class Run:
         model = build_model(self.task, defer=not recipe.data.isolate_documents)
         self.task.check_model(model)
         self.flops_per_token = self._flops_per_token(model)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parallel = parallelize(model, self.layout, recipe)
         self.new_parameters: set[str] = model.new_parameters
         self.optimizer = build_optimizer(self.parallel.model, recipe, self.new_parameters)
@@ -357,6 +358,7 @@ class Run:
             "metric": self.task.metric,
             "bundle": None,
             "flops_per_token": self.flops_per_token,
+            "parameters": self.parameters,
             **spent,
         }
         if status != "interrupted" and self.write_bundle:
