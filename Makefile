@@ -38,6 +38,7 @@ bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.input
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.launch_overhead
+	$(BIN)/python -m bench.tune_overhead
 	$(BIN)/python -m bench.serve_overhead
 
 # Ends what `--keep` left running.

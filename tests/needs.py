@@ -14,5 +14,6 @@ def _needs(package: str, there: bool) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"{package} is not installed: {command}, or run `make test` as root")
 
 
+chromium = _needs("chromium", shutil.which("chromium") is not None)
 ps = _needs("procps", shutil.which("ps") is not None)
 fashion = _needs("dataset-fashion-mnist", FASHION.exists())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.launch.tune.driver import Driver, say
+from heliostat.launch.tune.report import REPORT_FILE, write_report
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.space import check_space, objectives, trials_at_once, trials_use_gpu
 from heliostat.launch.tune.study import Study
@@ -17,7 +18,7 @@ from heliostat.tasks import get_task
 
 def search(recipe: Recipe, prepared: Path, rows: int, folder: Path, resume: bool = False) -> dict[str, Any]:
     """Run the recipe's search on the connected cluster; returns `best_recipe`, `best_value`, `metric`, `trials` (best
-    first) and `pareto`. A trial that fails is listed with its error and stops nothing.
+    first), `pareto` and the file of its `report`. A trial that fails is listed with its error and stops nothing.
 
     `folder`: the run's; its name is the study's. `resume`: go on with that study, its open trials from their last
     checkpoints."""
@@ -42,6 +43,7 @@ def search(recipe: Recipe, prepared: Path, rows: int, folder: Path, resume: bool
     training = Training(recipe, prepared, rows, trials_folder, trials_use_gpu(recipe, nodes))
     Driver(study, training, recipe.tune.max_concurrent, tell).run()
     shutil.rmtree(trials_folder, ignore_errors=True)
+    write_report(study, folder / REPORT_FILE)
     trials = study.rows()
     done = [trial for trial in trials if trial["state"] == DONE]
     if not done:
@@ -52,6 +54,7 @@ def search(recipe: Recipe, prepared: Path, rows: int, folder: Path, resume: bool
         "metric": metric,
         "trials": trials,
         "pareto": [trial for trial in done if trial["pareto"]],
+        "report": str(folder / REPORT_FILE),
     }
 
 
