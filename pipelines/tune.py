@@ -12,6 +12,7 @@ from heliostat.launch.tune.search import search
 from heliostat.launch.tune.space import check_space, trials_at_once
 from heliostat.recipe import build
 from heliostat.tasks import get_task
+from heliostat.tracking import log_run, log_trials
 from pipelines.job import Job, main
 
 
@@ -25,6 +26,9 @@ def run(job: Job) -> dict[str, Any]:
         )
     best = job.run_dir / "best_recipe.json"
     build(found["best_recipe"]).save(best)
+    search_id = log_run(job.recipe, job.run_dir, metrics={"best_value": found["best_value"]})
+    if search_id is not None:
+        log_trials(job.recipe, search_id, found["trials"], found["objectives"])
     table(found["trials"])
     return found | {"best_recipe": str(best), "metrics": {"best_value": found["best_value"]}}
 
@@ -41,7 +45,7 @@ def table(trials: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     paths = list(dict.fromkeys(path for trial in trials for path in trial["values"]))
-    others = [name for name in trials[0] if name not in ("values", "error")]
+    others = [name for name in trials[0] if name not in ("values", "curve", "error")]
     rows = Table(*paths, *others, "error", title="Trials, best first")
     for trial in trials:
         figures = [trial["values"].get(path, "") for path in paths] + [trial[name] for name in others]

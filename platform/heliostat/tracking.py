@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("heliostat")
 
 PENDING_FILE = "tracking-pending.json"
-ARTIFACTS = ("recipe.json", "result.json")
+ARTIFACTS = ("recipe.json", "result.json", "report.html")
 SERVER_LOG = "mlflow-server.log"
 RUN_TAG, LOGGED_TAG = "heliostat.run", "heliostat.logged"
+TRIAL_TAG, STATE_TAG, ERROR_TAG = "heliostat.trial", "heliostat.state", "heliostat.error"
 
 # MLflow's own limits.
-METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 6000
+METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH, MOST_RUNS = 1000, 100, 6000, 50_000
 # MLflow would try an absent server for minutes (7 times, 120 s each).
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
@@ -136,6 +137,50 @@ def log_run(
         return None
     pending.unlink(missing_ok=True)
     return run_id
+
+
+def log_trials(recipe: Recipe, search_id: str, trials: list[dict[str, Any]], objectives: list[str]) -> None:
+    """Record the trials of a search as runs nested in its own (`search_id`), each once. A trial: its number, values,
+    state, objectives, `curve` (the first objective's value by evaluation) and error.
+
+    Where the store does not take them: a warning; calling again logs what is missing."""
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with client(recipe) as mlflow:
+            experiment, parent = _experiment(mlflow, recipe), mlflow.get_run(search_id)
+            found = mlflow.search_runs(
+                [experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = {quoted(search_id)}", max_results=MOST_RUNS
+            )
+            logged = {run.data.tags[TRIAL_TAG] for run in found if run.info.status == "FINISHED"}
+            for trial in trials:
+                if str(trial["number"]) in logged:
+                    continue
+                tags = {MLFLOW_PARENT_RUN_ID: search_id, TRIAL_TAG: str(trial["number"]), STATE_TAG: trial["state"]}
+                run = mlflow.create_run(
+                    experiment, parent.info.start_time, tags, f"{parent.info.run_name}-{trial['number']:05d}"
+                )
+                now = _milliseconds(time.time())
+                figures = [
+                    Metric(_key(objectives[0]), value, now, int(at)) for at, value in sorted(trial["curve"].items())
+                ]
+                figures += [
+                    Metric(_key(name), trial[name], now, len(trial["curve"]))
+                    for name in objectives[bool(trial["curve"]) :]
+                    if trial[name] is not None
+                ]
+                mlflow.log_batch(
+                    run.info.run_id,
+                    figures,
+                    [Param(path, str(value)[:PARAM_LENGTH]) for path, value in trial["values"].items()],
+                    [RunTag(ERROR_TAG, trial["error"])] if trial["error"] else [],
+                )
+                mlflow.set_terminated(run.info.run_id, "FINISHED", now)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        logger.warning("not all trials are in MLflow yet: %s", str(error).strip().splitlines()[0])
 
 
 def log_pending(runs: Path) -> list[str]:

@@ -197,3 +197,27 @@ def test_a_server_that_cannot_start_says_why(recipe: Recipe, tmp_path: Path, clo
     broken = override(recipe, {"storage": str(tmp_path), "tracking.uri": "mssql+nonsense://store"})
     with pytest.raises(RuntimeError, match=r"exited with [1-9][\s\S]*mssql.nonsense"):
         tracking.start_server(broken, closed_port)
+
+
+def test_trials_are_nested_in_their_search_once(recipe: Recipe, mlflow: MlflowClient, run_dir: Path) -> None:
+    search = run_dir.with_name("search")
+    search.mkdir()
+    search_id = tracking.log_run(recipe, search, metrics={"best_value": 0.2})
+    assert search_id is not None
+    done = {"number": 0, "values": {"optimizer.lr": 0.1}, "state": "done", "loss": 0.2, "seconds": 3.0,
+            "curve": {1: 0.5, 2: 0.2}, "error": None}  # fmt: skip
+    failed = {"number": 1, "values": {"optimizer.lr": 9.0}, "state": "infeasible", "loss": None, "seconds": None,
+              "curve": {}, "error": "too large"}  # fmt: skip
+    for trials in ([done], [done, failed]):
+        tracking.log_trials(recipe, search_id, trials, ["loss", "seconds"])
+    experiment = mlflow.get_run(search_id).info.experiment_id
+    nested = mlflow.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{search_id}'", order_by=["run_name"])
+    assert [run.info.run_name for run in nested] == ["search-00000", "search-00001"]
+    first, second = nested
+    assert first.data.params == {"optimizer.lr": "0.1"}
+    assert first.data.metrics == {"loss": 0.2, "seconds": 3.0}
+    assert [(point.step, point.value) for point in mlflow.get_metric_history(first.info.run_id, "loss")] == [
+        (1, 0.5), (2, 0.2)
+    ]  # fmt: skip
+    assert second.data.metrics == {}
+    assert (second.data.tags["heliostat.state"], second.data.tags["heliostat.error"]) == ("infeasible", "too large")

@@ -109,7 +109,7 @@ def _code() -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     paths = list(dict.fromkeys(path for row in rows for path in row["values"]))
-    others = [name for name in rows[0] if name != "values"] if rows else []
+    others = [name for name in rows[0] if name not in ("values", "curve")] if rows else []
     head = "".join(f"<th>{html.escape(name)}</th>" for name in [*paths, *others])
     body = []
     for row in rows[:ROWS]:

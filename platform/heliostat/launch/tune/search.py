@@ -17,8 +17,9 @@ from heliostat.tasks import get_task
 
 
 def search(recipe: Recipe, prepared: Path, rows: int, folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Run the recipe's search on the connected cluster; returns `best_recipe`, `best_value`, `metric`, `trials` (best
-    first), `pareto` and the file of its `report`. A trial that fails is listed with its error and stops nothing.
+    """Run the recipe's search on the connected cluster; returns `best_recipe`, `best_value`, `metric`, `objectives`,
+    `trials` (best first), `pareto` and the file of its `report`. A trial that fails is listed with its error and stops
+    nothing.
 
     `folder`: the run's; its name is the study's. `resume`: go on with that study, its open trials from their last
     checkpoints."""
@@ -52,6 +53,7 @@ def search(recipe: Recipe, prepared: Path, rows: int, folder: Path, resume: bool
         "best_recipe": override(recipe, done[0]["values"]).model_dump(mode="json"),
         "best_value": done[0][metric],
         "metric": metric,
+        "objectives": list(goals),
         "trials": trials,
         "pareto": [trial for trial in done if trial["pareto"]],
         "report": str(folder / REPORT_FILE),

@@ -183,6 +183,7 @@ class Study:
             "state": said["state"],
             **{name: known.get(name) for name in self.objectives},
             "evaluations": len(trial.intermediate_values),
+            "curve": dict(trial.intermediate_values),
             "error": said["reason"],
         }
 
