@@ -30,7 +30,7 @@ import psutil
 import ray
 
 from heliostat.launch.tune.driver import Driver
-from heliostat.launch.tune.runner import Figures, Report
+from heliostat.launch.tune.runner import Figures, Origin, Report
 from heliostat.launch.tune.study import Study
 from heliostat.recipe import Tune, Uniform
 
@@ -41,7 +41,7 @@ class Sleep:
     def needs(self, values: dict[str, Any]) -> tuple[dict[str, float], bool]:
         return {"CPU": 1.0}, True
 
-    def __call__(self, number: int, values: dict[str, Any], report: Report) -> Figures:
+    def __call__(self, number: int, values: dict[str, Any], report: Report, origin: Origin | None) -> Figures:
         time.sleep(SLEEP_S)
         report(1, {"loss": (values["x"] - 0.3) ** 2})
         return {}

@@ -6,12 +6,19 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.launch.tune.driver import Driver
+from heliostat.launch.tune.runner import PRUNED
 from heliostat.launch.tune.study import Study
-from heliostat.recipe import Choice, Integers, Tune, Uniform
+from heliostat.launch.tune.trial import Training
+from heliostat.recipe import Choice, Integers, LogUniform, Tune, Uniform
+from heliostat.train.samples import collect
 from tests.pipelines.trials import Said
+from tests.recipes import prepared, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -68,3 +75,38 @@ def test_no_more_at_once_than_asked(tmp_path: Path) -> None:
     assert len(rows) == 4
     spans = sorted(tuple(map(float, file.read_text().split()[:2])) for file in tmp_path.glob("*.ended"))
     assert all(ended <= begun for (_, ended), (begun, _) in itertools.pairwise(spans))
+
+
+def test_pbt_goes_on_from_a_better_trials_weights_and_rows(tmp_path: Path) -> None:
+    """A trial that takes another's place makes its first step on the very weights, rows and random numbers of its
+    origin's step of that number."""
+    space = {"optimizer.lr": LogUniform(low=1e-6, high=1e-1)}
+    settings = {"tune.space": space, "tune.scheduler": "pbt", "tune.num_trials": 5, "tune.reports": 5, "tune.epochs": 5}
+    recipe = tiny_bert(tmp_path, **{"model.dropout": 0.1, "data.log_samples": True} | settings)
+    data = prepared(recipe)
+    study = Study(recipe.tune, {"loss": False}, 0, "search", tmp_path)
+    training = Training(recipe, data.folder, data.meta["rows"]["train"], tmp_path / "trials", use_gpu=False)
+    Driver(study, training, max_concurrent=1).run()  # one after the other: no matter of who is faster
+    rows = {row["number"]: row for row in study.rows()}
+    successors = {number: study.origin(number) for number in rows if study.origin(number) is not None}
+    assert successors, rows
+    assert set(rows) == set(range(5 + len(successors)))
+    assert sum(row["state"] == PRUNED for row in rows.values()) == len(successors)
+
+    def steps(number: int) -> dict[int, dict[str, float]]:
+        records = read_metrics(tmp_path / "trials" / f"{number:05d}" / METRICS_FILE)
+        return {record["step"]: record for record in records if "loss" in record}
+
+    def fed(number: int, step: int) -> list[int]:
+        table = pq.read_table(collect(tmp_path / "trials" / f"{number:05d}", recipe))
+        return table.filter(pc.equal(table["step"], step)).sort_by("position")["id"].to_pylist()
+
+    for number, origin in successors.items():
+        assert origin is not None
+        own, others = steps(number), steps(origin.trial)
+        first = min(own)
+        assert first > 1
+        assert (own[first]["loss"], own[first]["grad_norm"]) == (others[first]["loss"], others[first]["grad_norm"])
+        assert fed(number, first) == fed(origin.trial, first)
+        assert rows[number]["values"] != rows[origin.trial]["values"]
+        assert own[first]["lr"] != others[first]["lr"]

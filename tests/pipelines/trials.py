@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from heliostat.launch.tune.runner import Figures, Report
+from heliostat.launch.tune.runner import Figures, Origin, Report
 from heliostat.recipe import Refused
 
 
@@ -23,7 +23,7 @@ class Said:
             raise Refused("what", "cannot be")
         return {"CPU": float(values.get("cpus", 1))}, True
 
-    def __call__(self, number: int, values: dict[str, Any], report: Report) -> Figures:
+    def __call__(self, number: int, values: dict[str, Any], report: Report, origin: Origin | None) -> Figures:
         begun = time.time()
         what, attempt = values.get("what"), len(list(self.folder.glob(f"{number}-*.begun")))
         (self.folder / f"{number}-{attempt}.begun").touch()

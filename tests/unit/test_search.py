@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
+from heliostat.launch.tune.population import explored, source
 from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED
 from heliostat.launch.tune.space import check_space, draw, trial_recipe, trials_at_once
 from heliostat.launch.tune.study import STUDY_FILE, Study
@@ -312,3 +314,29 @@ def test_ranking_puts_failures_last(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows] == [0.3, 0.5, None, None]
     assert [row["error"] for row in rows] == [None, None, "loss is nan", "model.freeze_layers: 99 of 2 blocks"]
     assert [row["pareto"] for row in rows] == [True, False, False, False]
+
+
+def test_what_pbt_goes_on_from_and_with() -> None:
+    draw = random.Random(0)
+    values = {number: float(number) for number in range(8)}
+    for number in range(8):
+        found = {source(values, number, False, draw) for _ in range(200)}
+        assert found == ({0, 1} if number >= 6 else {None}), "the worst quarter, from the best"
+        found = {source(values, number, True, draw) for _ in range(200)}
+        assert found == ({6, 7} if number <= 1 else {None})
+    assert source({3: 1.0}, 3, False, draw) is None
+    space: dict[str, SearchRange] = {
+        "x": LogUniform(low=1e-3, high=1.0), "n": Integers(low=1, high=9), "c": Choice(values=["a", "b"])
+    }  # fmt: skip
+    near = [explored({"x": 0.1, "n": 4, "c": "a"}, space, draw) for _ in range(2000)]
+    assert all(1e-3 <= each["x"] <= 1.0 and 1 <= each["n"] <= 9 and each["c"] in "ab" for each in near)
+    little = Counter(round(each["x"], 6) for each in near)
+    assert little[0.08] + little[0.125] == pytest.approx(1500, abs=80)
+    assert little[0.08] == pytest.approx(750, abs=90)
+    assert Counter(each["c"] for each in near)["b"] == pytest.approx(250, abs=60)
+
+
+def test_pbt_changes_nothing_that_weights_or_rows_depend_on(tmp_path: Path) -> None:
+    space = {"training.global_batch_size": {"kind": "choice", "values": [8, 16]}}
+    with pytest.raises(Refused, match="cannot change in mid-training"):
+        checked(tiny_bert(tmp_path, **{"tune.space": space, "tune.scheduler": "pbt"}))

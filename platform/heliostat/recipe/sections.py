@@ -306,8 +306,9 @@ SearchRange = Annotated[Uniform | LogUniform | Integers | Choice, Field(discrimi
 class Tune(Section):
     algorithm: Literal["random", "grid", "tpe", "cma_es", "nsga2"] = "tpe"
     """What proposes values: Optuna's samplers, or every combination of a space of choices."""
-    scheduler: Literal["none", "asha", "hyperband", "median"] = "asha"
-    """What ends trials early, by the metric that they report."""
+    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "asha"
+    """What ends trials early, by the metric that they report; `pbt` has them go on from better ones' weights, with
+    changed values, as trials beyond `num_trials`."""
     objectives: list[str] = []
     """What is to be good at once: the task's metric, `seconds` (of training), `parameters`. Empty: the metric."""
     num_trials: PositiveInt = 4

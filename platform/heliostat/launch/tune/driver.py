@@ -77,7 +77,7 @@ class Driver:
             if self.study.spent():
                 return
             if not self.waiting:
-                if self.study.begun >= self.study.number:
+                if self.study.founded >= self.study.number:
                     return
                 number, values = self.study.ask()
                 self.waiting[number] = values
@@ -93,7 +93,7 @@ class Driver:
                 return
             del self.waiting[number]
             trial = Running(number, values, runner, resources, held)
-            self.running[runner.begin.remote(number, values)] = trial
+            self.running[runner.begin.remote(number, values, self.study.origin(number))] = trial
 
     def _runner(self, resources: dict[str, float], held: bool) -> Any:
         """One with these resources, or None where there is no room now. Where nothing runs there always is: what does
@@ -149,8 +149,7 @@ class Driver:
             state, reason = said
             self._end(trial.number, state, trial.figures, reason)
         elif what == "stopped":
-            budget = self.study.spent()
-            self._end(trial.number, PRUNED, trial.figures, f"{budget} is spent" if budget else "")
+            self._stopped(trial)
         else:
             figures = trial.figures | said
             missing = [name for name in self.study.objectives if not _finite(figures.get(name))]
@@ -160,6 +159,16 @@ class Driver:
                 self._end(trial.number, FAILED, figures, reason)
             else:
                 self._end(trial.number, DONE, figures, "")
+
+    def _stopped(self, trial: Running) -> None:
+        reason = ""
+        if budget := self.study.spent():
+            reason = f"{budget} is spent"
+        elif successor := self.study.succeed(trial.number):
+            number, values, origin = successor
+            reason = f"trial {number} takes its place, from trial {origin.trial}'s report {origin.report}"
+            self.waiting = {number: values} | self.waiting
+        self._end(trial.number, PRUNED, trial.figures, reason)
 
     def _died(self, trial: Running, error: Exception) -> None:
         self.deaths[trial.number] += 1

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from heliostat.recipe import Refused
 
 Figures = dict[str, float]
 DONE, PRUNED, INFEASIBLE, FAILED = "done", "pruned", "infeasible", "failed"
 """How a trial ends."""
+
+
+class Origin(NamedTuple):
+    """Whose weights a trial begins with: another trial's, at one of its reports."""
+
+    trial: int
+    report: int
 
 
 class Stopped(Exception):
@@ -29,8 +36,8 @@ class Objective(Protocol):
         """What a trial takes of the cluster, and whether the actor itself is to hold it (else what it starts does).
         Raises Refused where the values cannot go together."""
 
-    def __call__(self, number: int, values: dict[str, Any], report: Report) -> Figures:
-        """Run trial `number`, from where an earlier attempt at it got to; its last figures."""
+    def __call__(self, number: int, values: dict[str, Any], report: Report, origin: Origin | None) -> Figures:
+        """Run trial `number`, from where an earlier attempt at it got to, or else from `origin`; its last figures."""
 
 
 class Runner:
@@ -42,8 +49,8 @@ class Runner:
         self.events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.answers: queue.Queue[bool] = queue.Queue()
 
-    def begin(self, number: int, values: dict[str, Any]) -> tuple[str, Any]:
-        threading.Thread(target=self._run, args=(number, values), name=f"trial-{number}", daemon=True).start()
+    def begin(self, number: int, values: dict[str, Any], origin: Origin | None) -> tuple[str, Any]:
+        threading.Thread(target=self._run, args=(number, values, origin), name=f"trial-{number}", daemon=True).start()
         return self.events.get()
 
     def event(self, go_on: bool) -> tuple[str, Any]:
@@ -56,13 +63,13 @@ class Runner:
         self.events.put(("report", (at, figures)))
         return self.answers.get()
 
-    def _run(self, number: int, values: dict[str, Any]) -> None:
+    def _run(self, number: int, values: dict[str, Any], origin: Origin | None) -> None:
         def report(at: int, figures: Figures) -> None:
             if not self.report(at, figures):
                 raise Stopped
 
         try:
-            self.events.put(("done", self.objective(number, values, report)))
+            self.events.put(("done", self.objective(number, values, report, origin)))
         except Stopped:
             self.events.put(("stopped", None))
         except BaseException as error:  # noqa: BLE001 - listed with its trial

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from heliostat.launch.tune.population import CHANGEABLE
 from heliostat.recipe import (
     SHARD_AXES,
     SHARD_OPTIONS,
@@ -30,7 +31,7 @@ OWN = ("data.augment", "data.bucket_batches")
 """Of those, what a trial may have for itself."""
 COSTS = {"seconds": False, "parameters": False}
 """Objectives beside the task's metric, and whether more of them is better."""
-SINGLE_VALUE = ("asha", "hyperband", "median")
+SINGLE_VALUE = ("asha", "hyperband", "median", "pbt")
 
 
 def check_space(recipe: Recipe, task: Task) -> None:
@@ -46,6 +47,12 @@ def check_space(recipe: Recipe, task: Task) -> None:
         if path.startswith(SHARED) and not path.startswith(OWN):
             raise Refused(
                 "tune.space", f"{path} cannot be searched: trials share the prepared rows", f"set {path} itself"
+            )
+        if tune.scheduler == "pbt" and (spec.when or not path.startswith(CHANGEABLE)):
+            raise Refused(
+                "tune.space",
+                f"{path} cannot change in mid-training, which is what pbt does",
+                f"search {', '.join(name.removesuffix('.') for name in CHANGEABLE)}, without when",
             )
         if tune.algorithm == "grid" and (spec.when or not isinstance(spec, Choice | Integers)):
             raise Refused("tune.space", f"a grid has no points for {path}", "use choice or int, without when")
@@ -112,7 +119,13 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
     )
     global_batch_size = chosen.training.global_batch_size
     steps = total_steps(chosen.schedule, math.ceil(min(rows, limit or rows) / global_batch_size))
-    own = {"training.evaluate_every_steps": math.ceil(steps / recipe.tune.reports)}
+    own: dict[str, Any] = {"training.evaluate_every_steps": math.ceil(steps / recipe.tune.reports)}
+    if recipe.tune.scheduler == "pbt":  # others go on from here
+        own |= {
+            "checkpoint.every_steps": own["training.evaluate_every_steps"],
+            "checkpoint.keep": recipe.tune.reports,
+            "checkpoint.asynchronous": False,
+        }
     if "training.micro_batch_size" not in values and chosen.parallelism.pipeline == 1:
         own["training.micro_batch_size"] = math.ceil(global_batch_size / chosen.parallelism.replicate)
     return override(chosen, own)

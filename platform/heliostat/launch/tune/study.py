@@ -7,6 +7,7 @@ the database is told: once of a trial that begins, of each report, and of its en
 from __future__ import annotations
 
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 import optuna
 from optuna.trial import Trial, TrialState
 
-from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED
+from heliostat.launch.tune.population import explored, source
+from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED, Origin
 from heliostat.launch.tune.space import draw, grid
 from heliostat.recipe import Refused, Tune
 
 STUDY_FILE = "study.db"
 SAID = "heliostat"
 """The attribute of a trial that holds how it ended: state, figures, reason."""
+ORIGIN = "heliostat.origin"
+"""The attribute of a trial that holds whose weights it began with, and at which report."""
 STATES = {
     DONE: TrialState.COMPLETE,
     PRUNED: TrialState.PRUNED,
@@ -72,10 +76,16 @@ class Study:
         attributes = self.disk.get_study_user_attrs(self._disk_id)
         self._earlier_s, self.gpu_s = attributes.get("seconds", 0.0), attributes.get("gpu_seconds", 0.0)
         self._noted = self.begun_s
+        self.founded = 0
+        """Trials that began with weights of their own."""
+        self._draw = random.Random(seed)
+        self._sources: dict[int, Origin] = {}
+        """From which trial one that was ended is to be gone on."""
         self._ids: dict[int, int] = {}
         self._open: dict[int, Trial] = {}
         for frozen in sorted(self.disk.get_all_trials(self._disk_id), key=lambda trial: trial.number):
             self._ids[frozen.number] = frozen._trial_id
+            self.founded += ORIGIN not in frozen.user_attrs
             mine = self._memory.create_new_trial(self._memory_id, template_trial=frozen)
             if not frozen.state.is_finished():
                 self._open[frozen.number] = Trial(self.memory, mine)
@@ -115,6 +125,26 @@ class Study:
         """The next trial's number and values."""
         if self.combinations is not None:
             self.memory.enqueue_trial(self.combinations[self.begun])
+        self.founded += 1
+        return self._begin()
+
+    def succeed(self, number: int) -> tuple[int, dict[str, Any], Origin] | None:
+        """A trial that takes the place of `number` where pbt has ended it: its number, its values, and from where it
+        goes on."""
+        if (origin := self._sources.pop(number, None)) is None:
+            return None
+        near = explored(self._trial(origin.trial).params, self.space, self._draw)
+        self.memory.enqueue_trial(near, user_attrs={ORIGIN: list(origin)})
+        return *self._begin(), origin
+
+    def origin(self, number: int) -> Origin | None:
+        found = self._trial(number).user_attrs.get(ORIGIN)
+        return None if found is None else Origin(*found)
+
+    def _trial(self, number: int) -> optuna.trial.FrozenTrial:
+        return self._memory.get_trial(self._memory.get_trial_id_from_study_id_trial_number(self._memory_id, number))
+
+    def _begin(self) -> tuple[int, dict[str, Any]]:
         trial = self.memory.ask()
         values = draw(trial, self.space)
         frozen = self._memory.get_trial(trial._trial_id)
@@ -137,7 +167,22 @@ class Study:
             self._memory.set_trial_intermediate_value(trial._trial_id, at, value)
             return True
         trial.report(value, at)
+        if self.tune.scheduler == "pbt":
+            return not self._falls_behind(number, at)
         return not trial.should_prune()
+
+    def _falls_behind(self, number: int, at: int) -> bool:
+        population = {
+            trial.number: trial.intermediate_values[at]
+            for trial in self.memory.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE))
+            if at in trial.intermediate_values
+        }
+        if at == 1 or at == self.tune.reports:  # the others have no checkpoint for certain; it has ended anyway
+            return False
+        found = source(population, number, next(iter(self.objectives.values())), self._draw)
+        if found is not None:
+            self._sources[number] = Origin(found, at)
+        return found is not None
 
     def tell(self, number: int, state: str, figures: dict[str, float], reason: str = "") -> None:
         """A trial has ended. `figures`: its last, with every objective where it is done."""
@@ -170,9 +215,7 @@ class Study:
 
     def row(self, number: int) -> dict[str, Any]:
         """One that has ended, as it is listed, but for `pareto`."""
-        return self._row(
-            self._memory.get_trial(self._memory.get_trial_id_from_study_id_trial_number(self._memory_id, number))
-        )
+        return self._row(self._trial(number))
 
     def _row(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         said = trial.user_attrs[SAID]

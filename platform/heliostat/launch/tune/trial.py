@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat.launch.tune.runner import Figures, Report, Stopped
+from heliostat.launch.tune.runner import Figures, Origin, Report, Stopped
 from heliostat.launch.tune.space import needs, trial_recipe
 from heliostat.recipe import Recipe, build
+from heliostat.train.checkpoint.find import folder_name
 from heliostat.train.loop import OUTCOME_FILE, train
 
 
@@ -30,8 +32,10 @@ class Training:
         recipe = trial_recipe(self.recipe, values, self.rows)
         return needs(recipe, self.use_gpu), recipe.parallelism.workers == 1
 
-    def __call__(self, number: int, values: dict[str, Any], report: Report) -> Figures:
-        recipe, run_dir = trial_recipe(self.recipe, values, self.rows), self.folder / f"{number:05d}"
+    def __call__(self, number: int, values: dict[str, Any], report: Report, origin: Origin | None) -> Figures:
+        recipe, run_dir = trial_recipe(self.recipe, values, self.rows), self._run_dir(number)
+        if origin is not None:
+            self._begin_at(origin, recipe, run_dir / "checkpoints")
 
         def tell(figures: Figures) -> None:
             report(evaluation(recipe, figures), figures)
@@ -43,8 +47,22 @@ class Training:
                 outcome = self._on_workers(recipe, run_dir)
         finally:
             gc.collect()
-            shutil.rmtree(run_dir, ignore_errors=True)
+            if self.recipe.tune.scheduler != "pbt":  # where others may go on from it
+                shutil.rmtree(run_dir, ignore_errors=True)
         return {"seconds": outcome["loop_s"], "parameters": outcome["parameters"]}
+
+    def _run_dir(self, number: int) -> Path:
+        return self.folder / f"{number:05d}"
+
+    def _begin_at(self, origin: Origin, recipe: Recipe, checkpoints: Path) -> None:
+        """Copy the checkpoint that the other trial wrote after that report, unless this one has its own already."""
+        if checkpoints.exists():
+            return
+        name = folder_name(origin.report * recipe.training.evaluate_every_steps)
+        beside = checkpoints.with_name(f".{checkpoints.name}.{os.getpid()}")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(self._run_dir(origin.trial) / "checkpoints" / name, beside / name)
+        os.replace(beside, checkpoints)
 
     def _on_workers(self, recipe: Recipe, run_dir: Path) -> dict[str, Any]:
         import ray
