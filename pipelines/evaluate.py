@@ -12,6 +12,7 @@ from heliostat.evaluate import confidence_interval, confusion, row_sums, summari
 from heliostat.hardware import this_machine
 from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
+from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused
 from pipelines.job import Job, main
 from pipelines.register import chosen_bundle
@@ -34,6 +35,11 @@ def evaluate_split(
     return figures, rows
 
 
+def as_trained(recipe: Recipe) -> bool:
+    """Whether a bundle, which is evaluated on processors, is to compute in bfloat16."""
+    return computes_in_bfloat16(recipe.training.precision, torch.device("cpu"))
+
+
 def check_same_data(recipe: Recipe, bundle: Bundle, fingerprint: str) -> None:
     if bundle.card["facts"].get("labels") and bundle.card["data"]["fingerprint"] != fingerprint:
         raise Refused(
@@ -50,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     check_same_data(job.recipe, bundle, prepared.fingerprint)
     metrics: dict[str, Any] = {}
     for split in ("validation", "test"):
-        metrics |= evaluate_split(bundle, prepared, split, bundle.recipe.training.precision == "bfloat16")[0]
+        metrics |= evaluate_split(bundle, prepared, split, as_trained(bundle.recipe))[0]
     bundles.add_metrics(bundle, metrics)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     return {"bundle": str(bundle.path), "metrics": metrics}

@@ -21,7 +21,7 @@ from heliostat.models import bundle as bundles
 from heliostat.recipe import Recipe, build, override, write_atomically
 from heliostat.registry import champion, promote, register
 from heliostat.tracking import log_run, start_server, tracking_uri
-from pipelines.evaluate import evaluate_split
+from pipelines.evaluate import as_trained, evaluate_split
 from pipelines.job import Job, main
 from pipelines.tune import check_search
 from serve.classifier import deploy
@@ -113,7 +113,7 @@ def run(job: Job) -> dict[str, Any]:
         if trained["status"] in ("failed", "interrupted"):
             return trained
         bundle = bundles.read(Path(trained["bundle"]))
-        bfloat16 = recipe.training.precision == "bfloat16"
+        bfloat16 = as_trained(recipe)
         metrics = stages("evaluate", do_evaluate, bundle.digest[:12])["metrics"]
         log_id: list[str | None] = []
         decision = stages("gate", lambda: gate(recipe, bundle, kept[0], bfloat16))

@@ -29,7 +29,7 @@ def sentiment() -> Recipe:
         ),
         optimizer=Optimizer(lr=6e-5, head_lr_scale=5.0),
         schedule=Schedule(epochs=2),
-        training=Training(global_batch_size=16, micro_batch_size=8, precision="bfloat16", label_smoothing=0.1),
+        training=Training(global_batch_size=16, micro_batch_size=8, precision="auto", label_smoothing=0.1),
         parallelism=Parallelism(workers=2),
         tune=Tune(num_trials=4, limit=480, reports=2, space={"optimizer.lr": LogUniform(low=4e-5, high=1.2e-4)}),
     )
@@ -55,7 +55,7 @@ def smollm() -> Recipe:
         model=Model(name="packaged:smollm2"),
         data=Data(train="packaged:stdlib/functions", sequence_length=256, pack=False, bucket_batches=40),
         optimizer=Optimizer(lr=2e-5),
-        training=Training(global_batch_size=16, micro_batch_size=4, precision="bfloat16"),
+        training=Training(global_batch_size=16, micro_batch_size=4, precision="auto"),
         parallelism=Parallelism(workers=2),
         checkpoint=Checkpoint(every_steps=100),
     )
@@ -81,6 +81,6 @@ def tiny_lm() -> Recipe:
         data=Data(train="packaged:stdlib/functions", sequence_length=256),
         optimizer=Optimizer(lr=1e-3, beta2=0.95, weight_decay=0.1),
         schedule=Schedule(epochs=3),
-        training=Training(global_batch_size=16, micro_batch_size=8, precision="bfloat16"),
+        training=Training(global_batch_size=16, micro_batch_size=8, precision="auto"),
         parallelism=Parallelism(workers=2),
     )

@@ -52,6 +52,6 @@ def cifar10() -> Recipe:
                 augment="crop_flip",
             ),
             "schedule": Schedule(epochs=30),
-            "training": Training(global_batch_size=256, micro_batch_size=128, precision="bfloat16"),
+            "training": Training(global_batch_size=256, micro_batch_size=128, precision="auto"),
         }
     )

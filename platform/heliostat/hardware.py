@@ -6,12 +6,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""By any of these names, Linux says that a processor multiplies in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Machine:
     cpus: int
     memory_bytes: int
     gpus: int
+    bfloat16: bool
+    """Whether the processors have instructions for matrix products in it."""
 
 
 def this_machine() -> Machine:
@@ -20,4 +25,11 @@ def this_machine() -> Machine:
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # empty: none
         gpus = min(gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(cpus=len(os.sched_getaffinity(0)), memory_bytes=memory, gpus=gpus)
+    return Machine(len(os.sched_getaffinity(0)), memory, gpus, not BFLOAT16_FLAGS.isdisjoint(_processor_flags()))
+
+
+def _processor_flags() -> set[str]:
+    """Of x86, or of Arm; none where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}

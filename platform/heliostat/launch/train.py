@@ -14,6 +14,7 @@ from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
 from heliostat.models.flops import peak_flops
+from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
 from heliostat.train import ledger, samples
 from heliostat.train.errors import Unrecoverable
@@ -52,7 +53,8 @@ def _worker(config: dict[str, Any]) -> None:
             observe=_gauges(run_dir.name),
         )
         if ray.train.get_context().get_world_rank() == 0:
-            peak, known = peak_flops(get_device(), getattr(torch, recipe.training.precision))
+            bfloat16 = computes_in_bfloat16(recipe.training.precision, get_device())
+            peak, known = peak_flops(get_device(), torch.bfloat16 if bfloat16 else torch.float32)
             outcome |= {"peak_flops": peak, "peak_flops_are": known}
             write_atomically(run_dir / OUTCOME_FILE, json.dumps(outcome))
     except Refused as error:

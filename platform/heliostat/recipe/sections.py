@@ -141,7 +141,8 @@ class Training(Section):
     """Rows per optimizer step over all workers; the rest follows by gradient accumulation."""
     micro_batch_size: PositiveInt = 16
     """Rows per forward pass of one worker."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of matrix products; `auto` is bfloat16 where all workers' devices have instructions for it, else float32."""
     compile: bool = False
     recompute: Literal["none", "full", "selective"] = "none"
     """What a block computed in the forward pass and computes again for the backward pass, to save memory: nothing,

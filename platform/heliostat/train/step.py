@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from heliostat.models.precision import computes_in_bfloat16
 from heliostat.parallel.loss import loss_sums
 from heliostat.parallel.parallelize import Parallel
 from heliostat.parallel.pipeline import PipelineRunner
@@ -66,16 +67,23 @@ class StepResult:
 
 class TrainStep:
     def __init__(self, parallel: Parallel, task: Task, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        """Collective: every rank must make one."""
         self.parallel, self.task, self.optimizer = parallel, task, optimizer
         self.clip_norm = recipe.optimizer.clip_norm
         self.pipeline = PipelineRunner(parallel, task, recipe.parallelism.schedule) if parallel.stages else None
         self.balance = router_balance(parallel)
         self.router_aux_loss: Tensor | None = None
-        self.bfloat16 = recipe.training.precision == "bfloat16"
+        self.bfloat16 = self._agreed(computes_in_bfloat16(recipe.training.precision, parallel.layout.device))
         self.parameters = [p for p in parallel.model.parameters() if p.requires_grad]
         named = [(name, p) for name, p in parallel.model.named_parameters() if p.requires_grad]
         self.expert_parameters = [p for name, p in named if name in parallel.expert_parameters]
         self.tensor_grad_sums = [p for name, p in named if name in parallel.tensor_grad_sums]
+
+    def _agreed(self, able: bool) -> bool:
+        """Whether every rank is."""
+        cannot = torch.tensor(float(not able), device=self.parallel.layout.device)
+        self.parallel.layout.add_up(cannot)
+        return not cannot.item()
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         device = self.parallel.layout.device.type
