@@ -190,6 +190,9 @@ class Run:
             with closing(self._input()) as batches:
                 return self._train(batches)
         finally:
+            # The next attempt, in this process or another, is not to meet a checkpoint that this one still writes.
+            self.checkpoints.wait()
+            self.best.wait()
             self.ledger.save()  # also of an attempt that fails
             if self.watchdog is not None:
                 self.watchdog.stop()
