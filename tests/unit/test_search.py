@@ -140,6 +140,7 @@ def checked(recipe: Recipe) -> None:
     [
         ({"tune.objectives": ["accuracy", "second"], "tune.scheduler": "none"}, "tune.objectives", "second"),
         ({"tune.objectives": ["accuracy", "seconds"]}, "tune.scheduler", "asha ranks trials by one value, here are 2"),
+        ({"tune.objectives": ["seconds"], "tune.scheduler": "none"}, "tune.objectives", "trials report accuracy"),
         ({"tune.algorithm": "grid"}, "tune.space", "a grid has no points for optimizer.lr"),
     ],
 )

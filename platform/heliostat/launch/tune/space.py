@@ -61,6 +61,8 @@ def check_space(recipe: Recipe, task: Task) -> None:
         if name != task.metric and name not in COSTS:
             known = [task.metric, *COSTS]
             raise Refused("tune.objectives", f"no objective {name!r}", nearest(name, known) or ", ".join(known))
+    if next(iter(names)) != task.metric:
+        raise Refused("tune.objectives", f"trials report {task.metric}", f"name it first: {task.metric} …")
     if len(names) > 1 and tune.scheduler in SINGLE_VALUE:
         raise Refused(
             "tune.scheduler", f"{tune.scheduler} ranks trials by one value, here are {len(names)}", "set it none"

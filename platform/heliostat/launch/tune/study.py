@@ -31,7 +31,6 @@ STATES = {
     INFEASIBLE: TrialState.FAIL,
     FAILED: TrialState.FAIL,
 }
-Reports = dict[int, float]
 
 
 class Study:
@@ -152,15 +151,11 @@ class Study:
         self._open[trial.number] = trial
         return trial.number, values
 
-    def reports(self, number: int) -> Reports:
-        """What a trial has reported, by the number of the report; the first is 1."""
-        return self._memory.get_trial(self._open[number]._trial_id).intermediate_values
-
     def report(self, number: int, at: int, figures: dict[str, float]) -> bool:
         """Take a trial's figures; whether it is to go on. A report that it had made before it died decides nothing."""
         trial = self._open[number]
         value = figures[next(iter(self.objectives))]
-        if at in self.reports(number):
+        if at in self._trial(number).intermediate_values:
             return True
         self.disk.set_trial_intermediate_value(self._ids[number], at, value)
         if len(self.objectives) > 1:  # Optuna judges by one value only
@@ -172,13 +167,13 @@ class Study:
         return not trial.should_prune()
 
     def _falls_behind(self, number: int, at: int) -> bool:
+        if at == 1 or at == self.tune.reports:  # the others have no checkpoint for certain; it has ended anyway
+            return False
         population = {
             trial.number: trial.intermediate_values[at]
             for trial in self.memory.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE))
             if at in trial.intermediate_values
         }
-        if at == 1 or at == self.tune.reports:  # the others have no checkpoint for certain; it has ended anyway
-            return False
         found = source(population, number, next(iter(self.objectives.values())), self._draw)
         if found is not None:
             self._sources[number] = Origin(found, at)
@@ -191,10 +186,9 @@ class Study:
         said = {"state": state, "figures": figures, "reason": reason or None}
         for storage, identity in ((self._memory, trial._trial_id), (self.disk, self._ids[number])):
             storage.set_trial_user_attr(identity, SAID, said)
-        if state == PRUNED and len(self.objectives) == 1 and (made := self._memory.get_trial(trial._trial_id)):
-            values = [made.intermediate_values[max(made.intermediate_values)]]
-        self.memory.tell(trial, None if state == PRUNED else values, STATES[state])
-        self.disk.set_trial_state_values(self._ids[number], STATES[state], values)
+        # Of one that was pruned, Optuna takes the last report for its value.
+        told = self.memory.tell(trial, values, STATES[state])
+        self.disk.set_trial_state_values(self._ids[number], STATES[state], told.values)
         if time.time() - self._noted > 1:
             self.note()
 
