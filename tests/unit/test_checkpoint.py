@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -145,29 +146,32 @@ def test_one_of_a_newer_version_is_refused_and_an_older_one_loads(tmp_path: Path
     assert torch.equal(other.matrix, model.matrix)
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """The system lets this process write no file above 16 KiB: what a disk that is full answers."""
+    """The system lets this process write no file above 16 KiB: what a disk that is full answers. Not for longer than
+    the test's body: what pytest prints after it may go into a longer file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path) -> None:
     missed = []
     writer = Writer(Place.at(tmp_path), keep=2, missed=lambda step, reason: missed.append((step, reason)))
-    writer.save(1, {}, Model(2))
-    writer.save(2, {}, Model(16))
-    writer.wait()
-    assert [(step, "no room" in reason) for step, reason in missed] == [(2, True)]
-    writer.save(3, {}, Model(2))  # which does not fail for the one before
-    writer.settle()
-    assert [found.step for found in checkpoint.complete(tmp_path)] == [1, 3]
-    writer.save(4, {}, Model(16))
-    with pytest.raises(DiskFull, match="step 4"):
+    with small_files():
+        writer.save(1, {}, Model(2))
+        writer.save(2, {}, Model(16))
+        writer.wait()
+        assert [(step, "no room" in reason) for step, reason in missed] == [(2, True)]
+        writer.save(3, {}, Model(2))  # which does not fail for the one before
         writer.settle()
+        assert [found.step for found in checkpoint.complete(tmp_path)] == [1, 3]
+        writer.save(4, {}, Model(16))
+        with pytest.raises(DiskFull, match="step 4"):
+            writer.settle()
     # Room was made by removing what is not needed, and nothing is left half-written.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]
 
