@@ -80,7 +80,8 @@ def test_two_workers_equal_one(task: str, tmp_path: Path) -> None:
     one, two = read_metrics(tmp_path / "one" / METRICS_FILE), read_metrics(tmp_path / "two" / METRICS_FILE)
     losses, losses_ = ([record["loss"] for record in records if "loss" in record] for records in (one, two))
     assert len(losses) == STEPS
-    assert losses[-1] < losses[0], "a model that does not learn would show nothing"
+    half = STEPS // 2  # a single step's loss says more about its rows than about the model
+    assert sum(losses[half:]) < sum(losses[:half]), "a model that does not learn would show nothing"
     assert losses_ == pytest.approx(losses, rel=1e-5)
     figures, figures_ = ([r["validation"] for r in records if "validation" in r] for records in (one, two))
     assert len(figures) == len(figures_) > 0

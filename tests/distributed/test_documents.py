@@ -74,11 +74,12 @@ def test_the_option_changes_training(reference: tuple[Recipe, Path, Path], tmp_p
     recipe, _, one = reference
     across = override(recipe, {"data.isolate_documents": False})
     run(1, train_here, across, prepared(across).folder, tmp_path / "across")
-    (loss, norm, weight), *_ = figures(one)
-    (loss_, norm_, weight_), *_ = figures(tmp_path / "across")
-    assert weight < weight_
-    assert abs(loss_ / loss - 1) > 1e-4
-    assert abs(norm_ / norm - 1) > 1e-2
+    steps = list(zip(figures(one), figures(tmp_path / "across"), strict=True))
+    assert all(isolated[2] < not_isolated[2] for isolated, not_isolated in steps)
+    # In some step by far more than what the layouts may differ by.
+    loss, norm = (max(abs(not_isolated[i] / isolated[i] - 1) for isolated, not_isolated in steps) for i in (0, 1))
+    assert loss > 1e-3
+    assert norm > 1e-2
 
 
 @pytest.mark.slow
