@@ -10,7 +10,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()
 # How long an example takes is the machine's affair.
