@@ -119,6 +119,42 @@ def test_bitwise_what_transformers_loads(family: str, layout: str, tmp_path: Pat
         assert not state["classifier.bias"].any()
 
 
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("llama", "fsdp=2,tensor=2"), ("bert", "fsdp=2"), *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("llama", "pipeline=2,fsdp=2"), ("mixtral", "expert=2"), ("bert", "tensor=2"))
+    )],
+)  # fmt: skip
+def test_adapters_are_drawn_alike_around_what_is_loaded(family: str, layout: str, tmp_path: Path) -> None:
+    axes = {axis: int(degree) for axis, degree in (part.split("=") for part in layout.split(","))}
+    save(family, tmp_path, transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM)
+    task = "text_classification" if family == "bert" else "language_model"
+    lora = {"lora": {"rank": 2}}
+    (state, new, frozen), *_ = run(
+        torch.tensor([*axes.values()]).prod().item(), load, recipe_for(tmp_path, task, axes, **lora)
+    )
+    ((alone, new_, frozen_),) = run(1, load, recipe_for(tmp_path, task, {}, **lora))
+    ((plain, *_),) = run(1, load, recipe_for(tmp_path, task, {}))
+    assert state.keys() == alone.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, alone[name], err_msg=name)
+        if "lora_" not in name:
+            np.testing.assert_array_equal(array, plain[name.replace(".base_layer", "")], err_msg=name)
+        elif "lora_A" in name:  # uniform within ±1 / √columns
+            bound = array.shape[1] ** -0.5
+            assert 0.8 * bound < abs(array).max() <= bound, name
+        else:
+            assert not array.any(), name
+    assert len({array.tobytes() for name, array in state.items() if "lora_A" in name}) == sum(
+        "lora_A" in name for name in state
+    )
+    if "pipeline" not in axes:  # else those of one stage
+        assert (new, frozen) == (new_, frozen_)
+    assert bool(new_) == (family == "bert")
+    assert not {name for name in frozen if "lora_" in name or "classifier" in name}
+
+
 def peak_growth(recipe: Recipe, defer: bool) -> tuple[int, int]:
     """Bytes by which this process's own memory grew at most while it built and laid out the model, and in the end.
     Pages of mapped files are the system's, not counted."""
@@ -154,6 +190,8 @@ def test_no_rank_holds_the_whole(tmp_path: Path) -> None:
     del model
     recipe = recipe_for(tmp_path, "language_model", {"fsdp": 4})
     straight = [peak for peak, _ in run(4, peak_growth, recipe, True)]
+    adapted = recipe_for(tmp_path, "language_model", {"fsdp": 4}, lora={"rank": 4})
+    straight += [peak for peak, _ in run(4, peak_growth, adapted, True)]
     first_whole = [peak for peak, _ in run(4, peak_growth, recipe, False)]
     assert max(straight) < 0.45 * whole, (straight, whole)
     assert min(first_whole) > 0.95 * whole, (first_whole, whole)

@@ -84,16 +84,15 @@ def build_model(task: Task, defer: bool = False) -> Any:
     """The model on CPU in float32, pre-trained where the recipe says so; new parameters and adapters are drawn from
     the recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held.
 
-    `defer`: a pre-trained model without adapters stays on meta, and `model.weights` will load it once it is laid
-    out."""
+    `defer`: a pre-trained model stays on meta, and `model.weights` will load it once it is laid out."""
     recipe = task.recipe
     config = transformers_config(recipe.model, **task.model_config())
-    if recipe.model.name and recipe.model.pretrained:
+    pretrained = bool(recipe.model.name and recipe.model.pretrained)
+    if pretrained:
         with torch.device("meta"):
             model = auto_class(task).from_config(config, dtype=torch.float32)
         model.weights = Weights(resolve(recipe.model.name), model, recipe.seed)
-        if recipe.model.lora.rank or not defer:
-            load_weights(model, torch.device("cpu"))
+        model.new_parameters = model.weights.lacking() if recipe.model.lora.rank else set()
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -102,16 +101,24 @@ def build_model(task: Task, defer: bool = False) -> Any:
     if recipe.model.lora.rank:
         from heliostat.models.lora import add_adapters
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            add_adapters(model, recipe.model.lora, model.new_parameters)
+        add_adapters(model, recipe.model.lora, model.new_parameters, recipe.seed)
     freeze(model, recipe.model.freeze_layers)
+    if pretrained and not defer:
+        load_weights(model, torch.device("cpu"))
     return model
 
 
 def load_weights(model: Any, device: torch.device) -> None:
     """Give a deferred model its weights."""
-    model.new_parameters = model.weights.load_into(model, device)
+    weights = model.weights
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        from heliostat.models.lora import draw_adapters, without_adapters
+
+        with without_adapters(model):
+            model.new_parameters = weights.load_into(model, device)
+        draw_adapters(model, weights.seed, device)
+    else:
+        model.new_parameters = weights.load_into(model, device)
     model.weights = None
 
 

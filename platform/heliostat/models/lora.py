@@ -3,15 +3,21 @@ alpha / rank · B A to it; B starts at zero, so that training starts from the mo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, LoraModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from heliostat.models.load import blocks
+from heliostat.models.weights import drawn_from, place
 from heliostat.recipe import Lora, Refused, nearest
 
 ADAPTER = "default"
@@ -20,9 +26,10 @@ FOLDER = "adapter"
 """Where a bundle holds the adapter by itself."""
 
 
-def add_adapters(model: Any, lora: Lora, new_parameters: set[str]) -> LoraModel:
-    """Give the model's blocks adapters, in place; train nothing but these and what no checkpoint held. Raises Refused
-    for targets that the blocks do not have, and for new weights that would be frozen as they were drawn."""
+def add_adapters(model: Any, lora: Lora, new_parameters: set[str], seed: int = 0) -> LoraModel:
+    """Give the model's blocks adapters, in place, drawn from the seed; train nothing but these and what no checkpoint
+    held. Those of a model on meta stay there, for `draw_adapters`. Raises Refused for targets that the blocks do not
+    have, and for new weights that would be frozen as they were drawn."""
     names = target_modules(model, lora.targets)
     if fresh := [name for name in names if f"{name}.weight" in new_parameters]:
         raise Refused("model.lora", f"the checkpoint has no weights of {fresh[0]}, which would stay untrained")
@@ -33,11 +40,47 @@ def add_adapters(model: Any, lora: Lora, new_parameters: set[str]) -> LoraModel:
         target_modules=names,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
     )
-    adapted = LoraModel(model, config, ADAPTER)
+    on_meta = next(model.parameters()).is_meta
+    with torch.device("meta" if on_meta else "cpu"):
+        adapted = LoraModel(model, config, ADAPTER)
+    if not on_meta:
+        draw_adapters(model, seed, torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if name in new_parameters:
             parameter.requires_grad_()
     return adapted
+
+
+def draw_adapters(model: Any, seed: int, device: torch.device) -> None:
+    """Give adapters their values, each rank its part of them: A as peft draws it (Kaiming, uniform, a = √5), B zero.
+    Module by module, each from a seed of its own: the same on every layout."""
+    for path, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        for factor in ("lora_A", "lora_B"):
+            name = f"{path}.{factor}.{ADAPTER}.weight"
+            whole = torch.zeros(model.get_parameter(name).shape)
+            if factor == "lora_A":
+                with drawn_from(seed, name):
+                    nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+            place(model, name, whole, device, LoadStateDictInfo(set(), set(), set(), [], {}, set()))
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Until it ends each adapted module is the one it adapts, under that one's own name."""
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+    def put(what: list[tuple[str, Any]]) -> None:
+        for name, module in what:
+            parent, _, own = name.rpartition(".")
+            model.get_submodule(parent)._modules[own] = module
+
+    put([(name, module.base_layer) for name, module in adapted])
+    try:
+        yield
+    finally:
+        put(adapted)
 
 
 def target_modules(model: Any, targets: list[str]) -> list[str]:

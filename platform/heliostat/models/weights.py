@@ -7,7 +7,8 @@ import copy
 import hashlib
 import json
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,27 @@ class Weights:
         # Both depend on classes and shapes that laying out changes.
         self.conversions: list[Any] = get_model_conversion_mapping(model)
         self.whole = copy.deepcopy(model)
+
+    def lacking(self) -> set[str]:
+        """The names of the model's parameters that no file holds, or holds in another shape. Reads no weights."""
+        model = copy.deepcopy(self.whole)
+        expected = model.state_dict()
+        slices: dict[str, torch.Tensor] = {}
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    shape = opened.get_slice(name).get_shape()
+                    if name not in expected or list(expected[name].shape) == shape:
+                        slices[name] = torch.empty(shape, device="meta")
+        config = LoadStateDictConfig(
+            device_map={"": torch.device("meta")},
+            dtype=torch.float32,
+            weight_mapping=self.conversions,
+            ignore_mismatched_sizes=True,
+        )
+        found, _ = convert_and_load_state_dict_in_model(model, slices, config)
+        missing: set[str] = found.missing_keys - model.all_tied_weights_keys.keys()
+        return missing & {name for name, _ in model.named_parameters()}
 
     def load_into(self, model: Any, device: torch.device) -> set[str]:
         """Give the parameters and buffers of `model`, which are on meta, storage on `device`, in float32; returns the
@@ -75,21 +97,31 @@ class Weights:
 
     def _draw(self, model: Any, names: set[str], found: Any, device: torch.device) -> None:
         """Module by module, each from a seed of its own: what one rank skips changes nothing of the rest."""
-        no_quantizer: Any = None
         by_module: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_module[name.rpartition(".")[0]].append(name)
         for path, inside in by_module.items():
             module = self.whole.get_submodule(path).to_empty(device="cpu", recurse=False)
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {path}".encode()).digest()[:8]))
+            with drawn_from(self.seed, path):
                 self.whole._init_weights(module)
             for name in inside:
-                part: Any = self.whole.get_parameter_or_buffer(name).detach()
-                own = model.get_parameter_or_buffer(name)
-                if isinstance(own, DTensor):
-                    part = DtensorShardOperation(own).shard_tensor(part)
-                set_param_for_module(model, name, part.to(device), found, hf_quantizer=no_quantizer)
+                place(model, name, self.whole.get_parameter_or_buffer(name).detach(), device, found)
+
+
+@contextmanager
+def drawn_from(seed: int, path: str) -> Iterator[None]:
+    """Random numbers that depend on the seed and a module's name alone."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {path}".encode()).digest()[:8]))
+        yield
+
+
+def place(model: Any, name: str, whole: Any, device: torch.device, found: Any) -> None:
+    """Give a parameter or buffer this rank's part of its values. `found`: transformers' record of what was loaded."""
+    no_quantizer: Any = None
+    own = model.get_parameter_or_buffer(name)
+    part: Any = DtensorShardOperation(own).shard_tensor(whole) if isinstance(own, DTensor) else whole
+    set_param_for_module(model, name, part.to(device), found, hf_quantizer=no_quantizer)
 
 
 def weight_files(source: str) -> list[Path]:
