@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from heliostat.data.packaged import FASHION
+from tests.postgres import POSTGRES
 
 
 def _needs(package: str, there: bool) -> pytest.MarkDecorator:
@@ -15,5 +16,6 @@ def _needs(package: str, there: bool) -> pytest.MarkDecorator:
 
 
 chromium = _needs("chromium", shutil.which("chromium") is not None)
+postgres = _needs("postgresql", any(POSTGRES.glob("*/bin/initdb")))
 ps = _needs("procps", shutil.which("ps") is not None)
 fashion = _needs("dataset-fashion-mnist", FASHION.exists())

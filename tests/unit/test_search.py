@@ -17,6 +17,7 @@ from heliostat.launch.tune.space import check_space, draw, trial_recipe, trials_
 from heliostat.launch.tune.study import STUDY_FILE, Study
 from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Tune, Uniform, override
 from heliostat.tasks import get_task
+from tests import needs, postgres
 from tests.recipes import tiny_bert
 
 LR = {"optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}}
@@ -227,7 +228,25 @@ def test_it_proposes_what_optuna_does(algorithm: str, tmp_path: Path) -> None:
 
 
 def test_the_database_outlives_the_driver_and_is_optunas(tmp_path: Path) -> None:
-    first = study(tmp_path, scheduler="median")
+    outlives(tmp_path, "", f"sqlite:///{tmp_path / STUDY_FILE}")
+
+
+@needs.postgres
+def test_so_does_one_in_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgres.server() as address:
+        monkeypatch.setenv("PGPASSWORD", postgres.PASSWORD)
+        outlives(tmp_path, address, address.replace("postgresql:", "postgresql+psycopg:"))
+        assert not (tmp_path / STUDY_FILE).exists()
+        monkeypatch.setenv("PGPASSWORD", "wrong")
+        with pytest.raises(Refused, match="cannot be opened"):
+            study(tmp_path, storage=address)
+    with pytest.raises(Refused, match="cannot be opened"):
+        study(tmp_path, storage=address)
+
+
+def outlives(folder: Path, storage: str, address: str) -> None:
+    """`address`: as Optuna by itself opens the database."""
+    first = study(folder, scheduler="median", storage=storage)
     for loss in (0.5, None, 0.2):
         number, _ = first.ask()
         first.report(number, 1, {"loss": 0.7})
@@ -236,13 +255,13 @@ def test_the_database_outlives_the_driver_and_is_optunas(tmp_path: Path) -> None
     number, _ = first.ask()
     first.tell(number, INFEASIBLE, {}, "too large")
     # No word of an end: this is what a killed driver leaves.
-    second = study(tmp_path, resume=True, scheduler="median")
+    second = study(folder, resume=True, scheduler="median", storage=storage)
     assert (second.begun, list(second.interrupted)) == (4, [1])
     assert second.interrupted == first.interrupted
     assert second.rows() == first.rows()
     assert second.report(1, 1, {"loss": 99.0}), "a report made before decides nothing, and is not made twice"
     second.tell(1, DONE, {"loss": 0.1})
-    plain = optuna.load_study(study_name="a-search", storage=f"sqlite:///{tmp_path / STUDY_FILE}")
+    plain = optuna.load_study(study_name="a-search", storage=address)
     assert (plain.best_value, plain.best_trial.number) == (0.1, 1)
     assert Counter(trial.state.name for trial in plain.trials) == {"COMPLETE": 3, "FAIL": 1}
     assert plain.trials[1].intermediate_values == {1: 0.7}
@@ -261,9 +280,21 @@ def test_another_search_does_not_go_on_with_it(tmp_path: Path) -> None:
         study(tmp_path / "elsewhere", resume=True)
 
 
-def test_a_database_that_is_not_there_is_refused_without_its_password(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="cannot be opened") as refused:
-        study(tmp_path, storage="postgresql+nodriver://me:hidden@127.0.0.1/x")
+def test_a_database_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="cannot be opened"):
+        study(tmp_path, storage="postgresql+nodriver://me@127.0.0.1/x")
+    with pytest.raises(Refused, match="no address of a database"):
+        study(tmp_path, storage="my study")
+
+
+@pytest.mark.parametrize(
+    ("field", "address"),
+    [("tune.storage", "postgresql://me:hidden@127.0.0.1/x"), ("tracking.uri", "http://me:hidden@127.0.0.1:5000")],
+)
+def test_passwords_are_refused_where_a_recipe_would_keep_them(field: str, address: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="it holds a password") as refused:
+        tiny_bert(tmp_path, **{field: address})
+    assert refused.value.field == field
     assert "hidden" not in str(refused.value)
 
 

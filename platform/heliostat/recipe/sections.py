@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -22,6 +23,16 @@ class Refused(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.reason, self.suggestion)
+
+
+def _no_password(field: str, address: str, instead: str) -> None:
+    """A recipe is written beside every run, and into tracking."""
+    try:
+        password = urlsplit(address).password
+    except ValueError as error:
+        raise Refused(field, f"it is no address: {error}") from None
+    if password:
+        raise Refused(field, "it holds a password, which would be written down with the recipe", f"use {instead}")
 
 
 class Section(BaseModel):
@@ -323,8 +334,8 @@ class Tune(Section):
     max_failures: Count = 2
     """How often a trial whose process dies goes on from its checkpoint."""
     storage: str = ""
-    """The study's database, as SQLAlchemy writes it: postgresql+psycopg://…, mysql+pymysql://…. Empty: a SQLite file in
-    the run's folder."""
+    """The study's database, as SQLAlchemy writes it: postgresql://user@host/name. Empty: a SQLite file in the run's
+    folder. Its password comes from PGPASSWORD or ~/.pgpass."""
     limit: PositiveInt | None = None
     """Training rows of a trial."""
     epochs: PositiveFloat = 1.0
@@ -339,6 +350,7 @@ class Tune(Section):
             if not isinstance(spec, Choice) and not spec.low < spec.high:
                 raise ValueError(f"the range of {path} is empty: low={spec.low} is not below high={spec.high}")
         self.in_order()
+        _no_password("tune.storage", self.storage, "PGPASSWORD or ~/.pgpass")
         return self
 
     def in_order(self) -> dict[str, SearchRange]:
@@ -388,6 +400,12 @@ class Deploy(Section):
 
 class Tracking(Section):
     uri: str = ""
-    """An MLflow server's address. Empty: a SQLite file in the storage folder."""
+    """An MLflow server's address. Empty: a SQLite file in the storage folder. Its password comes from
+    MLFLOW_TRACKING_PASSWORD."""
     experiment: str = ""
     """Empty: the recipe's name."""
+
+    @model_validator(mode="after")
+    def _address(self) -> Tracking:
+        _no_password("tracking.uri", self.uri, "MLFLOW_TRACKING_PASSWORD")
+        return self

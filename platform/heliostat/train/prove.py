@@ -272,8 +272,10 @@ def _run(recipe: Recipe, workers: int, folder: Path, name: str) -> None:
     for error in errors:
         if "field" in error:
             raise Refused(**error)
-    if errors or any(process.exitcode for process in processes):
-        raise RuntimeError("\n".join(error.get("traceback", "") for error in errors) or f"{name}: a process died")
+    # One that a signal ended leaves no word; its peers then lost their connection, which says nothing of the cause.
+    ended = [f"{name}: rank {rank} ended with {each.exitcode}" for rank, each in enumerate(processes) if each.exitcode]
+    if errors or ended:
+        raise RuntimeError("\n".join([*(error.get("traceback", "") for error in errors), *ended]))
 
 
 def _rank(rank: int, workers: int, recipe: dict[str, Any], folder: Path, run_dir: Path) -> None:

@@ -257,13 +257,21 @@ def _pruner(tune: Tune) -> optuna.pruners.BasePruner:
 def _database(tune: Tune, folder: Path) -> optuna.storages.RDBStorage:
     import sqlalchemy
 
-    url = tune.storage or f"sqlite:///{folder / STUDY_FILE}"
+    given = tune.storage or f"sqlite:///{folder / STUDY_FILE}"
     try:
-        storage = optuna.storages.RDBStorage(url)
+        url = sqlalchemy.engine.make_url(given)
+    except sqlalchemy.exc.ArgumentError:
+        raise Refused(
+            "tune.storage", "it is no address of a database", "postgresql://user:password@host/name"
+        ) from None
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")  # the driver that is installed here
+    try:
+        storage = optuna.storages.RDBStorage(url.render_as_string())
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        hidden = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-        raise Refused("tune.storage", f"{hidden} cannot be opened: {type(error).__name__}", "start it") from error
-    if url.startswith("sqlite"):
+        reason = str(error).splitlines()[0]
+        raise Refused("tune.storage", f"{url.render_as_string()} cannot be opened: {reason}", "start it") from error
+    if url.drivername.startswith("sqlite"):
 
         @sqlalchemy.event.listens_for(storage.engine, "connect")
         def _(connection: Any, _record: Any) -> None:
