@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from heliostat.launch.tune.study import Study
 from heliostat.launch.tune.trial import Training
 from heliostat.recipe import Choice, Integers, LogUniform, Tune, Uniform
 from heliostat.train.samples import collect
+from tests.pipelines.jobs import ROOT
 from tests.pipelines.trials import Said
 from tests.recipes import prepared, tiny_bert
 
@@ -110,3 +115,38 @@ def test_pbt_goes_on_from_a_better_trials_weights_and_rows(tmp_path: Path) -> No
         assert fed(number, first) == fed(origin.trial, first)
         assert rows[number]["values"] != rows[origin.trial]["values"]
         assert own[first]["lr"] != others[first]["lr"]
+
+
+@pytest.mark.slow
+def test_nodes_and_driver_are_lost_and_no_trial_is(tmp_path: Path) -> None:
+    """Nodes are killed at random moments; then the driver is, and goes on, and nodes are killed again."""
+    trials = 24
+
+    def start(how: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "tests.pipelines.lost_nodes", str(tmp_path), str(trials), how]
+        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first = start("begin")
+    assert first.stderr is not None
+    told = [line for line, _ in zip(numbers(first.stderr), range(trials // 2), strict=False)]
+    first.kill()
+    first.communicate(timeout=60)
+    second = start("resume")
+    stdout, stderr = second.communicate(timeout=300)
+    assert second.returncode == 0, stderr[-3000:]
+    said = json.loads(stdout.splitlines()[-1])
+    assert said["lost"] == 3
+    rows = {row["number"]: row for row in said["rows"]}
+    assert sorted(rows) == list(range(trials))
+    assert {row["state"] for row in rows.values()} == {"done"}
+    for row in rows.values():
+        assert row["loss"] == pytest.approx((row["values"]["x"] - 1) ** 2)
+    assert not set(told) & set(said["ended"]), "what had ended is not made again"
+    # Of those that were running when something was lost, and of no other, there is more than one attempt.
+    attempts = [len(list(tmp_path.glob(f"{number}-*.begun"))) for number in rows]
+    assert 1 <= sum(attempt > 1 for attempt in attempts) <= 6 * 2 + 4
+
+
+def numbers(lines: Iterable[str]) -> Iterator[int]:
+    """Of the trials that have ended, among what else is said."""
+    return (int(line) for line in lines if line.strip().isdecimal())
