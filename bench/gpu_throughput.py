@@ -3,7 +3,8 @@ shape, with as many of its layers as fit, bfloat16, compiled blocks, selective r
 line, with published figures of other systems beside ours. Since layers differ, compare MFU; `tokens_per_s_here` is what
 the published MFU would give for the model that ran.
 
-    python -m bench.gpu_throughput [--preset llama3-8b] [--layers N] [--steps 10] [--no-compile]
+    python -m bench.gpu_throughput [--preset llama3-8b] [--layers N] [--rows N] [--recompute selective] [--steps 10]
+        [--no-compile]
 
 FLOPs a token: 6 for each weight of a matrix product (blocks and head, not the embedding) + 12·L·H·Q·T for attention
 (L layers, H heads of size Q, T tokens of a sequence): PaLM's appendix B, as torchtitan and llm-foundry count. Recompute
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,8 +132,7 @@ def layers_that_fit(preset: Preset, free_bytes: int) -> int:
     return min(layers, config.num_hidden_layers)
 
 
-def recipe_for(name: str, layers: int, compile_blocks: bool) -> Recipe:
-    preset = PRESETS[name]
+def recipe_for(name: str, preset: Preset, layers: int, compile_blocks: bool, recompute: str) -> Recipe:
     sizes = {key: value for key, value in preset.config.items() if key != "vocab_size"}
     own = {"model_type": "llama", "num_hidden_layers": layers, "max_position_embeddings": preset.sequence_length}
     return build(
@@ -146,7 +146,7 @@ def recipe_for(name: str, layers: int, compile_blocks: bool) -> Recipe:
                 "micro_batch_size": preset.rows,
                 "precision": "bfloat16",
                 "compile": compile_blocks,
-                "recompute": "selective",
+                "recompute": recompute,
             },
         }
     )
@@ -158,14 +158,17 @@ def random_batch(preset: Preset, device: torch.device) -> Batch:
     return Batch({"input_ids": ids_BT}, {"labels": ids_BT.roll(-1, 1)}, torch.ones(preset.rows, device=device))
 
 
-def measure(name: str, layers: int | None, steps: int, compile_blocks: bool) -> dict[str, Any]:
+def measure(
+    name: str, layers: int | None, rows: int | None, steps: int, compile_blocks: bool, recompute: str
+) -> dict[str, Any]:
     preset = PRESETS[name]
+    preset = replace(preset, rows=rows or preset.rows)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and name != "tiny":
         raise Refused("preset", f"{name} needs a GPU, and this machine shows none", "--preset tiny runs without one")
     if layers is None:
         layers = layers_that_fit(preset, torch.cuda.mem_get_info()[0]) if on_gpu else preset.config["num_hidden_layers"]
-    recipe = recipe_for(name, layers, compile_blocks)
+    recipe = recipe_for(name, preset, layers, compile_blocks, recompute)
     layout = make_layout(recipe.parallelism)
     vocab_size = preset.config["vocab_size"]
     task = get_task(recipe, {"padding_id": 0, "vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 2})
@@ -194,6 +197,7 @@ def measure(name: str, layers: int | None, steps: int, compile_blocks: bool) -> 
         "rows": preset.rows,
         "steps": steps,
         "compile": compile_blocks,
+        "recompute": recompute,
         "loss": round(loss, 4),
         "tokens_per_s": round(tokens_per_s, 1),
         "flops_per_token": flops,
@@ -212,11 +216,15 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="llama3-8b")
     parser.add_argument("--layers", type=int, help="default: as many as fit the GPU's free memory")
+    parser.add_argument("--rows", type=int, help="sequences of a step; default: the preset's")
+    parser.add_argument("--recompute", choices=["none", "full", "selective"], default="selective")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args(words)
     try:
-        answer = measure(options.preset, options.layers, options.steps, options.compile)
+        answer = measure(
+            options.preset, options.layers, options.rows, options.steps, options.compile, options.recompute
+        )
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

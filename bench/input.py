@@ -82,7 +82,9 @@ def heliostat_rows(folder: Path, recipe: Recipe, data: Prepared) -> Batches:
     loader, cursor = training_loader(recipe, data), Cursor()
     while True:
         (rows,) = loader.read(cursor, Coordinate(), ROWS_A_BATCH)
-        yield {"input_ids": rows.column("input_ids").flatten().to_numpy().reshape(-1, LENGTH)}
+        column = rows.column("input_ids")
+        offsets = column.offsets.to_numpy()
+        yield {"input_ids": column.values.to_numpy()[offsets[0] : offsets[-1]].reshape(-1, LENGTH)}  # not a copy
         cursor = loader.next(cursor)
 
 

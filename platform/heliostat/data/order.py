@@ -68,14 +68,22 @@ class Order:
         """The source of each position from `first`, where a window starts, to `stop` and the end of its window."""
         if len(self.shares) == 1:
             return np.zeros(stop - first, np.int64)
+        ends = list(range(first, stop, WINDOW))
+        ends.append(min(ends[-1] + WINDOW, self.total))
+        draw_P = keys(self.seed, PATTERN, np.arange(first, ends[-1]), epoch)
+        before_WS = np.array([self._before(end) for end in ends])
+        # Where in its window, unshuffled, each source but the first begins.
+        begins_WS = np.cumsum(before_WS[1:] - before_WS[:-1], axis=1)[:, :-1]
+        whole = (ends[-1] - first) // WINDOW
         windows = []
-        draw_P = keys(self.seed, PATTERN, np.arange(first, min(stop + WINDOW, self.total)), epoch)
-        for at in range(0, stop - first, WINDOW):
-            before = self._before(first + at)
-            after = self._before(min(first + at + WINDOW, self.total))
-            source_P = np.repeat(np.arange(len(before)), np.subtract(after, before))
-            # No two draws are equal: `mix` is a permutation.
-            windows.append(source_P[np.argsort(draw_P[at : at + len(source_P)])])
+        for width, draws, begins in (
+            (WINDOW, draw_P[: whole * WINDOW], begins_WS[:whole]),
+            (len(draw_P) % WINDOW, draw_P[whole * WINDOW :], begins_WS[whole:]),  # the last of the epoch
+        ):
+            if len(draws):
+                # No two draws are equal: `mix` is a permutation.
+                shuffled = np.argsort(draws.reshape(-1, width), axis=1)
+                windows.append(sum(shuffled >= begin[:, None] for begin in begins.T).reshape(-1))
         return np.concatenate(windows)
 
     def _source_rows(self, source: int, number_P: np.ndarray) -> np.ndarray:

@@ -102,6 +102,9 @@ def build_model(task: Task, defer: bool = False) -> Any:
         from heliostat.models.lora import add_adapters
 
         add_adapters(model, recipe.model.lora, model.new_parameters, recipe.seed)
+    # Models make a cache for generation by default; each layer's would be a graph of its own to the compiler, and after
+    # eight of a kind it gives up.
+    model.config.get_text_config().use_cache = False
     freeze(model, recipe.model.freeze_layers)
     if pretrained and not defer:
         load_weights(model, torch.device("cpu"))
