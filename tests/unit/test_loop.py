@@ -95,6 +95,20 @@ def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_blocks_share_their_graphs(tmp_path: Path) -> None:
+    """The compiler gives up on a block after eight graphs of it: more blocks must not make more graphs."""
+    graphs = []
+    for count in (2, 10):
+        recipe = tiny_llama(tmp_path, **{"training.compile": True, "schedule.max_steps": 1})
+        deep = override(recipe, {"model.config": recipe.model.config | {"num_hidden_layers": count}})
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        losses(deep, tmp_path / f"{count}-blocks")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+
+
 def test_evaluating_does_not_change_training(tmp_path: Path) -> None:
     """A pre-trained model is loaded in evaluation mode: with dropout, a run that evaluates at every step would differ
     from one that never does if either trained in the wrong mode."""
