@@ -3,13 +3,15 @@
 import sys
 from typing import Any
 
+from rich.console import Console
+
 from heliostat.data.prepare import prepare
 from heliostat.hardware import this_machine
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect, logical_cpus, starts_here
-from heliostat.launch.tune.driver import short
 from heliostat.launch.tune.search import search
 from heliostat.launch.tune.space import check_space, trials_at_once
+from heliostat.launch.tune.watch import trials_table
 from heliostat.recipe import build
 from heliostat.tasks import get_task
 from heliostat.tracking import log_run, log_trials
@@ -29,7 +31,7 @@ def run(job: Job) -> dict[str, Any]:
     search_id = log_run(job.recipe, job.run_dir, metrics={"best_value": found["best_value"]})
     if search_id is not None:
         log_trials(job.recipe, search_id, found["trials"], found["objectives"])
-    table(found["trials"])
+    Console(stderr=True).print(trials_table(found["trials"], "Trials, best first"))
     return found | {"best_recipe": str(best), "metrics": {"best_value": found["best_value"]}}
 
 
@@ -38,19 +40,6 @@ def check_search(job: Job) -> None:
     check_space(job.recipe, get_task(job.recipe))
     if starts_here(job.options.address):
         trials_at_once(job.recipe, [{"CPU": logical_cpus(), "GPU": this_machine().gpus}], "this machine")
-
-
-def table(trials: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    paths = list(dict.fromkeys(path for trial in trials for path in trial["values"]))
-    others = [name for name in trials[0] if name not in ("values", "curve", "error")]
-    rows = Table(*paths, *others, "error", title="Trials, best first")
-    for trial in trials:
-        figures = [trial["values"].get(path, "") for path in paths] + [trial[name] for name in others]
-        rows.add_row(*("" if figure is None else short(figure) for figure in figures), trial["error"] or "")
-    Console(stderr=True).print(rows)
 
 
 if __name__ == "__main__":

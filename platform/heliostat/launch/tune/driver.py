@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -40,12 +39,15 @@ class Driver:
         objective: Objective,
         max_concurrent: int = 0,
         ended: Callable[[dict[str, Any]], None] = lambda row: None,
+        reported: Callable[[], None] = lambda: None,
     ) -> None:
-        """`max_concurrent`: 0 for as many as fit. `ended` is told of each trial that has ended, as it is listed."""
+        """`max_concurrent`: 0 for as many as fit. `ended` is told of each trial that has ended, as it is listed;
+        `reported` that one has reported."""
         import ray
 
         self.ray = ray
-        self.study, self.objective, self.max_concurrent, self.ended = study, objective, max_concurrent, ended
+        self.study, self.objective, self.max_concurrent = study, objective, max_concurrent
+        self.ended, self.reported = ended, reported
         self.shared = ray.put(objective)
         self.running: dict[Any, Running] = {}
         """By the reference to what comes next of each."""
@@ -140,6 +142,7 @@ class Driver:
             at, trial.figures = said
             go_on = self.study.report(trial.number, at, trial.figures) and not self.study.spent()
             self.running[trial.runner.event.remote(go_on)] = trial
+            self.reported()
             return
         if trial.held:
             self.idle.append((trial.resources, trial.runner))
@@ -187,15 +190,3 @@ class Driver:
 
 def _finite(value: float | None) -> bool:
     return value is not None and abs(value) < float("inf")
-
-
-def say(row: dict[str, Any], count: int, number: int, metric: str) -> None:
-    """A line on stderr about a trial that has ended."""
-    values = ", ".join(f"{path}={short(value)}" for path, value in row["values"].items())
-    result = f"{row['state']}: {row['error']}" if row["error"] else f"{metric} {short(row[metric])}"
-    evaluations = f"{row['evaluations']} evaluation{'' if row['evaluations'] == 1 else 's'}"
-    print(f"trial {count} of {number} ({values}), {evaluations}: {result}", file=sys.stderr, flush=True)
-
-
-def short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,9 +12,9 @@ from typing import Any
 
 import optuna
 
-from heliostat.launch.tune.driver import short
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.study import Study
+from heliostat.launch.tune.watch import short
 from heliostat.recipe import write_atomically
 
 REPORT_FILE = "report.html"

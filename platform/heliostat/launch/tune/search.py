@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from heliostat.launch.tune.driver import Driver, say
+from heliostat.launch.tune.driver import Driver
 from heliostat.launch.tune.report import REPORT_FILE, write_report
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.space import check_space, objectives, trials_at_once, trials_use_gpu
 from heliostat.launch.tune.study import Study
 from heliostat.launch.tune.trial import Training
+from heliostat.launch.tune.watch import Watch
 from heliostat.recipe import Recipe, override
 from heliostat.tasks import get_task
 
@@ -33,16 +34,10 @@ def search(recipe: Recipe, prepared: Path, rows: int, folder: Path, resume: bool
     metric = next(iter(goals))
     study = Study(recipe.tune, goals, recipe.seed, folder.name, folder, resume)
     recipe.save(folder / "recipe.json")
-    ended = len(study.rows())
-
-    def tell(row: dict[str, Any]) -> None:
-        nonlocal ended
-        ended += 1
-        say(row, ended, study.number, metric)
-
     trials_folder = folder / "trials"
     training = Training(recipe, prepared, rows, trials_folder, trials_use_gpu(recipe, nodes))
-    Driver(study, training, recipe.tune.max_concurrent, tell).run()
+    with Watch(study) as watch:
+        Driver(study, training, recipe.tune.max_concurrent, watch.ended, watch.reported).run()
     shutil.rmtree(trials_folder, ignore_errors=True)
     write_report(study, folder / REPORT_FILE)
     trials = study.rows()

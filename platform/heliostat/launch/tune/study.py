@@ -107,6 +107,10 @@ class Study:
         return len(self._ids)
 
     @property
+    def ended(self) -> int:
+        return len(self._ids) - len(self._open)
+
+    @property
     def seconds(self) -> float:
         """That the search has taken, earlier sessions of it included."""
         return self._earlier_s + time.time() - self.begun_s
@@ -206,6 +210,26 @@ class Study:
         best = {trial.number for trial in self.memory.best_trials} if any_done else set[int]()
         rows = [self._row(trial) | {"pareto": trial.number in best} for trial in trials]
         return ranked(rows, self.objectives)
+
+    def running(self) -> list[dict[str, Any]]:
+        """Trials that have begun and not ended, as those are listed that have: with their last report for a value."""
+        metric = next(iter(self.objectives))
+        found = []
+        for number in self._open:
+            trial = self._trial(number)
+            curve = dict(trial.intermediate_values)
+            found.append(
+                {
+                    "number": number,
+                    "values": dict(trial.params),
+                    "state": "running",
+                    metric: curve[max(curve)] if curve else None,
+                    "evaluations": len(curve),
+                    "curve": curve,
+                    "error": None,
+                }
+            )
+        return found
 
     def row(self, number: int) -> dict[str, Any]:
         """One that has ended, as it is listed, but for `pareto`."""
