@@ -50,13 +50,7 @@ class Weights:
                     shape = opened.get_slice(name).get_shape()
                     if name not in expected or list(expected[name].shape) == shape:
                         slices[name] = torch.empty(shape, device="meta")
-        config = LoadStateDictConfig(
-            device_map={"": torch.device("meta")},
-            dtype=torch.float32,
-            weight_mapping=self.conversions,
-            ignore_mismatched_sizes=True,
-        )
-        found, _ = convert_and_load_state_dict_in_model(model, slices, config)
+        found, _ = convert_and_load_state_dict_in_model(model, slices, self._config(torch.device("meta")))
         missing: set[str] = found.missing_keys - model.all_tied_weights_keys.keys()
         return missing & {name for name, _ in model.named_parameters()}
 
@@ -66,9 +60,7 @@ class Weights:
         Raises Refused for files that do not fit."""
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         expected = model.state_dict()
-        config = LoadStateDictConfig(
-            device_map={"": device}, dtype=torch.float32, weight_mapping=self.conversions, ignore_mismatched_sizes=True
-        )
+        config = self._config(device)
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
             slices = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
@@ -94,6 +86,11 @@ class Weights:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
         return missing & {name for name, _ in model.named_parameters()}
+
+    def _config(self, device: torch.device) -> LoadStateDictConfig:
+        return LoadStateDictConfig(
+            device_map={"": device}, dtype=torch.float32, weight_mapping=self.conversions, ignore_mismatched_sizes=True
+        )
 
     def _draw(self, model: Any, names: set[str], found: Any, device: torch.device) -> None:
         """Module by module, each from a seed of its own: what one rank skips changes nothing of the rest."""
