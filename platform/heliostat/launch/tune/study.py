@@ -25,6 +25,8 @@ SAID = "heliostat"
 """The attribute of a trial that holds how it ended: state, figures, reason."""
 ORIGIN = "heliostat.origin"
 """The attribute of a trial that holds whose weights it began with, and at which report."""
+RUNNING = "running"
+"""How one is listed that has not ended."""
 STATES = {
     DONE: TrialState.COMPLETE,
     PRUNED: TrialState.PRUNED,
@@ -213,38 +215,24 @@ class Study:
 
     def running(self) -> list[dict[str, Any]]:
         """Trials that have begun and not ended, as those are listed that have: with their last report for a value."""
-        metric = next(iter(self.objectives))
-        found = []
-        for number in self._open:
-            trial = self._trial(number)
-            curve = dict(trial.intermediate_values)
-            found.append(
-                {
-                    "number": number,
-                    "values": dict(trial.params),
-                    "state": "running",
-                    metric: curve[max(curve)] if curve else None,
-                    "evaluations": len(curve),
-                    "curve": curve,
-                    "error": None,
-                }
-            )
-        return found
+        return [self.row(number) for number in self._open]
 
     def row(self, number: int) -> dict[str, Any]:
-        """One that has ended, as it is listed, but for `pareto`."""
+        """One as it is listed, but for `pareto`."""
         return self._row(self._trial(number))
 
     def _row(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-        said = trial.user_attrs[SAID]
-        known = said["figures"] if said["state"] in (DONE, PRUNED) else {}
+        curve = dict(trial.intermediate_values)
+        last = {next(iter(self.objectives)): curve[max(curve)]} if curve else {}
+        said = trial.user_attrs.get(SAID, {"state": RUNNING, "figures": last, "reason": None})
+        known = said["figures"] if said["state"] in (DONE, PRUNED, RUNNING) else {}
         return {
             "number": trial.number,
             "values": dict(trial.params),
             "state": said["state"],
             **{name: known.get(name) for name in self.objectives},
-            "evaluations": len(trial.intermediate_values),
-            "curve": dict(trial.intermediate_values),
+            "evaluations": len(curve),
+            "curve": curve,
             "error": said["reason"],
         }
 

@@ -37,14 +37,14 @@ class Watch:
         self.live.stop()
 
     def ended(self, row: dict[str, Any]) -> None:
-        """A trial has, as the study lists it."""
+        """A trial has ended; `row`: as the study lists it."""
         if self.console.is_terminal:
             self.reported()
         else:
             self.say(row)
 
     def reported(self) -> None:
-        """A trial has."""
+        """A trial has reported."""
         if self.console.is_terminal and time.monotonic() - self.drawn >= EVERY_S:
             self.drawn = time.monotonic()
             running = self.study.running()
