@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,9 @@ def check(words: list[str]) -> None:
                 name, _, value = variable.partition("=")
                 assert (target, name) == ("run", "ARGS"), variable
                 parse(["sentiment", *shlex.split(value)])
+        case ["python", "-m", module, *arguments] if module.startswith("bench."):
+            usage = subprocess.check_output([sys.executable, "-m", module, "--help"], cwd=ROOT, text=True)
+            assert {word for word in arguments if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", usage))
         case ["python", "-m", module, *arguments]:
             assert module.startswith("pipelines.")
             assert importlib.util.find_spec(module), f"no {module}"
