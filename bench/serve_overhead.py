@@ -43,7 +43,8 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, build
 from heliostat.train.loop import train
-from serve.classifier import Answer, Question, application, deploy
+from serve.application import Answer, Question, deploy
+from serve.classifier import application
 
 HOST = "127.0.0.1"
 CONNECTIONS = (1, 16)

@@ -8,7 +8,7 @@ from heliostat.launch.cluster import connect
 from heliostat.models import bundle as bundles
 from pipelines.job import Job, main
 from pipelines.register import chosen_bundle
-from serve.classifier import deploy
+from serve.application import deploy
 
 
 def run(job: Job) -> dict[str, Any]:

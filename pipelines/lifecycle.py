@@ -24,7 +24,7 @@ from heliostat.tracking import log_run, start_server, tracking_uri
 from pipelines.evaluate import as_trained, evaluate_split
 from pipelines.job import Job, main
 from pipelines.tune import check_search
-from serve.classifier import deploy
+from serve.application import deploy
 
 SHAPING = ("task", "seed", "model", "data", "optimizer", "schedule", "training", "parallelism")
 """Sections of a recipe that shape the trained weights."""

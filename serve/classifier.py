@@ -1,87 +1,33 @@
-"""One Ray Serve deployment for any task: HTTP in front of a bundle.
+"""One Ray Serve deployment for any task: HTTP in front of a bundle. Another bundle is swapped into running replicas,
+which go on answering.
 
-`deploy` starts it from Python, and swaps another bundle into running replicas, which go on answering.
 `serve deploy serve/classifier.yaml` starts it through `build`.
 """
 
 # Annotations are not postponed here: replicas get the class by value, and FastAPI reads its annotations
 # there, where a name in a string would find nothing.
 import asyncio
-import hashlib
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.context import _get_global_client
 
 import heliostat
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
-from heliostat.recipe import Deploy, Refused, nearest
-
-Input = dict[str, Any]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class Question(Body):
-    inputs: Annotated[
-        Input | Annotated[list[Input], Field(min_length=1)],
-        Field(examples=[[{"text": "a short text"}, {"text": "another"}]]),
-    ]
-    """One input or several, as the task defines them: `{"text": "…"}`, or `{"image": "…"}` in base64."""
-
-
-class Answer(Body):
-    predictions: Annotated[
-        list[dict[str, Any]],
-        Field(examples=[[{"label": "bright", "score": 0.9, "scores": {"bright": 0.9, "dark": 0.1}}]]),
-    ]
-    """One for each input, in their order. Classifiers: `label`, `score` and the `scores` of all labels."""
-    bundle: str
-    """The first 12 digits of the digest of the bundle that made all of them."""
-    version: str
-
-
-class Health(Body):
-    status: str
-    bundle: str
-    version: str
+from heliostat.recipe import Deploy, Refused
+from serve.application import Answer, Body, BodyLimit, Health, Input, Question, arguments, inputs_of, scaled
 
 
 class Problem(Body):
     detail: str
     """What is wrong, as `field: reason`."""
-
-
-class BodyLimit:
-    """Stops reading a request's body once it is longer than `max_body_bytes`: 413."""
-
-    def __init__(self, app: Any, max_body_bytes: int) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
-
-    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any], send: Any) -> None:
-        read = 0
-
-        async def counted() -> dict[str, Any]:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
-                raise HTTPException(413, f"body: more than {self.max_body_bytes} bytes")
-            return message
-
-        await self.app(scope, counted, send)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
@@ -139,10 +85,7 @@ def _classifier(settings: Deploy) -> type:
         @api.post("/predict", responses={413: {"model": Problem}, 422: {"model": Problem}})
         async def predict(self, question: Question) -> Answer:
             """Predict for one input or several."""
-            inputs = question.inputs if isinstance(question.inputs, list) else [question.inputs]
-            if len(inputs) > settings.max_inputs:
-                reason = f"{len(inputs)} are more than the {settings.max_inputs} of one request"
-                raise HTTPException(413, f"inputs: {reason}")
+            inputs = inputs_of(question, settings)
             # Taken once: all of a request's answers come from one bundle, whatever is swapped meanwhile.
             predictor, version = self.predictor, self.version
             assert predictor is not None
@@ -176,7 +119,8 @@ def _classifier(settings: Deploy) -> type:
         async def healthz(self) -> Health:
             """Answers once the model has."""
             assert self.predictor is not None
-            return Health(status="ok", bundle=self.predictor.bundle.digest[:12], version=self.version)
+            digest = self.predictor.bundle.digest[:12]
+            return Health(status="ok", bundle=digest, version=self.version, ongoing=self.ongoing)
 
     return Classifier
 
@@ -185,70 +129,9 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     """The deployment with a bundle, not yet running. `version`: what answers call it. Raises Refused for a
     bundle that is not whole."""
     _load(bundle_path)  # it must answer here first: Serve would stop every replica that cannot load it
-    code = f"{heliostat.__version__} {settings.model_dump_json()}"
-    deployment = serve.deployment(name="classifier")(_classifier(settings)).options(
-        # Serve takes any two calls for different code, and restarts the replicas; where the version is the
-        # same it only swaps the bundle. It offers this to itself alone.
-        version=hashlib.sha256(code.encode()).hexdigest()[:12],
-        _internal=True,
-    )
-    return deployment.options(
-        autoscaling_config={
-            "min_replicas": settings.min_replicas,
-            "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": settings.target_ongoing_requests,
-        },
-        max_ongoing_requests=settings.max_ongoing_requests,
-        max_queued_requests=settings.max_queued_requests,
-        max_surge_percent=100,  # other settings do restart replicas: the new ones first
-        ray_actor_options={"num_cpus": settings.cpus_per_replica},
-        user_config={"bundle": str(bundle_path.absolute()), "version": version},
-    ).bind()
+    return scaled(_classifier(settings), "classifier", bundle_path, version, settings)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """For `serve deploy`: `bundle`, a path that every node sees, and `version`. The settings are those of the
-    bundle's recipe. Raises Refused for other arguments."""
-    for name in args:
-        if name not in ("bundle", "version"):
-            raise Refused(f"args.{name}", "no such argument", nearest(name, ["bundle", "version"]))
-    if "bundle" not in args:
-        raise Refused("args.bundle", "no bundle is named", "name the folder that training wrote")
-    path = Path(args["bundle"]).expanduser()
-    settings = bundles.read(path, verify_files=False).recipe.deploy
-    return application(path, str(args.get("version", "")), settings)
-
-
-def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
-    """Serve a bundle on the cluster that Ray is connected to; returns the endpoint's URL once it answers.
-
-    Where Serve runs already, the application of that name is brought up to date. Raises Refused for a bundle
-    that is not whole, and for a port that something else holds."""
-    app = application(bundle_path, version, deploy)
-    # Serve has no public way to ask which port it has.
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        _check_port(deploy.host, deploy.port)
-        serve.start(http_options={"host": deploy.host, "port": deploy.port})
-    elif client.http_config.port != deploy.port:
-        raise Refused(
-            "deploy.port",
-            f"Serve runs on port {client.http_config.port} of this cluster, not on {deploy.port}",
-            "use that port, or stop it with `serve shutdown`",
-        )
-    serve.run(app, name=name, route_prefix="/", blocking=False)
-    host = "127.0.0.1" if deploy.host == "0.0.0.0" else deploy.host
-    return f"http://{host}:{deploy.port}"
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do no harm
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise Refused(
-                "deploy.port",
-                f"{host}:{port} cannot be used: {error.strerror}",
-                "stop what listens there, or choose another port",
-            ) from error
+    """For `serve deploy`: see `arguments`."""
+    return application(*arguments(args))

@@ -18,7 +18,8 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
 from heliostat.train.loop import train
-from serve.classifier import application, build, deploy
+from serve.application import deploy
+from serve.classifier import application, build
 from tests import recipes
 from tests.ports import free_port
 

@@ -390,6 +390,8 @@ class Deploy(Section):
     max_body_bytes: PositiveInt = 4 << 20
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
     threads_per_replica: PositiveInt = 1
+    cache_tokens: Annotated[int, Field(ge=128)] = 16384
+    """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
 
     @model_validator(mode="after")
     def _replicas(self) -> Deploy:

@@ -1,0 +1,250 @@
+"""Output tokens a second, time to the first token and between tokens of a 33 M Llama, float32 on the CPU, at several
+requests at once:
+
+    heliostat      the embedded engine behind serve/language_model.py, one replica of Ray Serve
+    engine         the same engine in this process, asked without HTTP
+    transformers   `transformers serve --continuous-batching`, its own server
+    batch          `generate` on all prompts at once, padded to one length: no request joins or leaves
+    generate       `generate`, one request after the other (at one request only)
+
+in interleaved rounds (A B C … A B C …), each side with both processors and alone with them while it is measured. Every
+request draws greedily as many tokens as the others: the model has no end. Prints medians, and ratios to
+`transformers` paired by round.
+
+    python -m bench.serve_llm [--rounds 3] [--requests 1 4 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+import heliostat.launch.cluster as cluster
+from heliostat.generate import Sampling
+from heliostat.generate.embedded import EmbeddedEngine
+from heliostat.models import bundle as bundles
+from heliostat.models.load import build_model, processor_facts, train_tokenizer
+from heliostat.recipe import Deploy, build
+from heliostat.tasks import get_task
+from serve.application import deploy
+
+HOST, NAME = "127.0.0.1", "bench-llm"
+PORTS = {"heliostat": 8731, "transformers": 8732}
+PROMPT_WORDS, NEW_TOKENS, THREADS = 32, 48, 2
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 1024,
+    "eos_token_id": None,
+}
+
+
+@dataclass
+class Answer:
+    """When a request's tokens came, from its beginning."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+Ask = Callable[[str], Awaitable[Answer]]
+
+
+def model_bundle(folder: Path) -> Path:
+    tokenizer = train_tokenizer(["the mirrors of the field follow the sun and send its heat to the tower"] * 9, 8192)
+    tokenizer.eos_token = None
+    config = {**CONFIG, "vocab_size": 8192}
+    recipe = build({"name": NAME, "task": "language_model", "model": {"tokenizer": "train:8192", "config": config}})
+    task = get_task(recipe, {**processor_facts(tokenizer), "vocab_size": 8192, "padding_id": 0})
+    state = build_model(task).state_dict()
+    return bundles.write(folder / "bundle", task, state, tokenizer, data={}, metrics={}, lineage={}).path
+
+
+def prompts(count: int) -> list[str]:
+    random_ = random.Random(0)
+    words = ["the", "mirrors", "of", "field", "follow", "sun", "and", "send", "its", "heat", "to", "tower"]
+    return [" ".join(random_.choices(words, k=random_.randint(PROMPT_WORDS // 2, PROMPT_WORDS))) for _ in range(count)]
+
+
+def http_asker(client: httpx.AsyncClient, port: int, model: str) -> Ask:
+    async def ask(prompt: str) -> Answer:
+        body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+        answer, started = Answer(), time.perf_counter()
+        async with client.stream("POST", f"http://{HOST}:{port}/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                data = json.loads(line.removeprefix("data: "))
+                if "error" in data:
+                    raise RuntimeError(data["error"])
+                answer.seconds.append(time.perf_counter() - started)
+        answer.tokens = NEW_TOKENS
+        return answer
+
+    return ask
+
+
+def engine_asker(engine: EmbeddedEngine) -> Ask:
+    async def ask(prompt: str) -> Answer:
+        answer, started = Answer(), time.perf_counter()
+        ids = engine.tokenizer(prompt)["input_ids"]
+        async for tokens in engine.generate(ids, Sampling(max_tokens=NEW_TOKENS, temperature=0)):
+            answer.seconds.append(time.perf_counter() - started)
+            answer.tokens += len(tokens)
+        return answer
+
+    return ask
+
+
+async def load(ask: Ask, at_once: int, each: int) -> dict[str, float]:
+    """`at_once` clients, each asking `each` prompts one after the other."""
+    asked = prompts(at_once * each)
+    started = time.perf_counter()
+
+    async def client(number: int) -> list[Answer]:
+        return [await ask(prompt) for prompt in asked[number::at_once]]
+
+    answers = [answer for some in await asyncio.gather(*map(client, range(at_once))) for answer in some]
+    elapsed = time.perf_counter() - started
+    gaps = [b - a for answer in answers for a, b in zip(answer.seconds, answer.seconds[1:], strict=False)]
+    first = sorted(answer.seconds[0] for answer in answers)
+    return {
+        "tokens_per_s": sum(answer.tokens for answer in answers) / elapsed,
+        "first_token_p50_s": statistics.median(first),
+        "first_token_p99_s": first[int(0.99 * (len(first) - 1))],
+        "between_tokens_p50_s": statistics.median(gaps),
+        "between_tokens_p99_s": sorted(gaps)[int(0.99 * (len(gaps) - 1))],
+    }
+
+
+@torch.inference_mode()
+def generated(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
+    """All at once, padded at the left."""
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    longest = max(map(len, ids))
+    started = time.perf_counter()
+    input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
+    out = model.generate(
+        input_ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None
+    )
+    assert out.shape[1] == longest + NEW_TOKENS
+    return {"tokens_per_s": len(texts) * NEW_TOKENS / (time.perf_counter() - started)}
+
+
+def transformers_server(path: Path, folder: Path) -> subprocess.Popen[bytes]:
+    command = [
+        *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(path), "--continuous-batching"),
+        *("--host", HOST, "--port", str(PORTS["transformers"]), "--device", "cpu", "--dtype", "float32"),
+        *("--cb-num-blocks", "64", "--log-level", "error"),
+    ]
+    log = (folder / "transformers.log").open("wb")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+async def ready(ask: Ask, seconds: float = 180) -> None:
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            await ask("the sun")
+            return
+        except (httpx.HTTPError, RuntimeError):
+            if time.monotonic() > limit:
+                raise
+            await asyncio.sleep(1)
+
+
+async def measure(
+    path: Path, folder: Path, rounds: int, requests: list[int], each: int
+) -> AsyncIterator[dict[str, Any]]:
+    torch.set_num_threads(THREADS)
+    bundle = bundles.read(path)
+    plain, shared = bundle.model(), bundle.model()
+    tokenizer = bundle.processor()
+    with ExitStack() as stack:
+        server = transformers_server(path, folder)
+        stack.callback(server.wait)
+        stack.callback(server.send_signal, signal.SIGINT)
+        settings = Deploy(port=PORTS["heliostat"], max_replicas=1, threads_per_replica=THREADS)
+        deploy(path, "1", settings, NAME)
+        engine = EmbeddedEngine(shared, tokenizer, cache_tokens=settings.cache_tokens, threads=THREADS)
+        stack.callback(engine.close)
+        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+            asks = {
+                "heliostat": http_asker(client, PORTS["heliostat"], NAME),
+                "engine": engine_asker(engine),
+                "transformers": http_asker(client, PORTS["transformers"], str(path)),
+            }
+            for ask in asks.values():
+                await ready(ask)
+            for at_once in requests:
+                found: dict[str, list[dict[str, float]]] = {}
+                for round_ in range(rounds + 1):
+                    measured = {name: await load(ask, at_once, each) for name, ask in asks.items()}
+                    one = "batch" if at_once > 1 else "generate"
+                    measured[one] = await asyncio.to_thread(generated, plain, tokenizer, prompts(at_once))
+                    if round_:  # the first warms up
+                        for name, figures in measured.items():
+                            found.setdefault(name, []).append(figures)
+                yield summary(at_once, found)
+
+
+def summary(at_once: int, found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    medians = {
+        name: {key: round(statistics.median(one[key] for one in rounds), 4) for key in rounds[0]}
+        for name, rounds in found.items()
+    }
+    peer = [one["tokens_per_s"] for one in found["transformers"]]
+    ratios = {}
+    for name in ("heliostat", "engine"):
+        each = sorted(one["tokens_per_s"] / other for one, other in zip(found[name], peer, strict=True))
+        ratios[name] = {
+            "median": round(statistics.median(each), 3),
+            "from": round(each[0], 3),
+            "to": round(each[-1], 3),
+        }
+    return {"requests": at_once, "medians": medians, "tokens_per_s_over_transformers": ratios}
+
+
+async def print_all(arguments: argparse.Namespace, folder: Path) -> None:
+    path = model_bundle(folder)
+    async for line in measure(path, folder, arguments.rounds, arguments.requests, arguments.each):
+        print(json.dumps(line), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--each", type=int, default=2, help="requests that each client sends, one after the other")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, cluster.connect(build({"name": NAME, "task": "language_model"})):
+        asyncio.run(print_all(arguments, Path(folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The engine of a laptop: transformers' continuous batching, with its paged cache, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+
+from heliostat.generate import EngineFailed, Sampling, Token
+from heliostat.generate.drawing import Draw, Draws, Grammars, report
+
+PAGE_TOKENS = 32
+"""Tokens of a request's last page that may stay empty."""
+STEP_TOKENS = 512
+"""Tokens of one forward pass: longer prompts are read in parts, so that answers in progress go on meanwhile."""
+
+
+class EmbeddedEngine:
+    """Greedy answers are those of `model.generate`, whoever shares the step."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, cache_tokens: int, threads: int | None = None) -> None:
+        """`cache_tokens`: keys and values kept, of all requests together. `threads`: processors of the engine (None: as
+        torch is set). From here on the model is the engine's: others may read its weights."""
+        config = model.config.get_text_config()
+        self.model, self.tokenizer, self._threads = model, tokenizer, threads
+        pages = max(2, cache_tokens // PAGE_TOKENS)
+        self.max_length = min(getattr(config, "max_position_embeddings", 0) or cache_tokens, (pages - 1) * PAGE_TOKENS)
+        self.end_ids = _end_ids(model, tokenizer)
+        self.vocab_size = config.vocab_size
+        self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
+        self._manager = ContinuousBatchingManager(
+            model,
+            transformers.GenerationConfig(do_sample=False, eos_token_id=sorted(self.end_ids)),
+            ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS, num_blocks=pages, max_batch_tokens=STEP_TOKENS, use_async_batching=False
+            ),
+        )
+        draws = ContinuousBatchingLogitsProcessorList(transformers.LogitsProcessorList([Draws()]))
+        draws.tensors_required = 1  # it counts only processors that it converted itself
+        self._manager.logit_processor = draws
+        self._manager.start()
+
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
+        draw = Draw(sampling, self._grammars.matcher(sampling.grammar) if sampling.grammar else None)
+        name, outputs, sent = uuid.uuid4().hex, asyncio.Queue[Any](), 0
+        manager, finished = self._manager, False
+        manager.register_result_handler(name, outputs.put_nowait)
+        try:
+            accepted = manager.add_request(
+                prompt,
+                request_id=name,
+                max_new_tokens=sampling.max_tokens,
+                streaming=True,
+                eos_token_id=-1 if sampling.ignore_end else sorted(self.end_ids),
+                draw=draw,
+            )
+            if accepted is None:
+                raise EngineFailed("the engine has stopped")
+            while not finished:
+                output = await outputs.get()
+                finished = output.is_finished()
+                if output.error is not None:
+                    raise EngineFailed(output.error)
+                ids = output.generated_tokens
+                # Reports may be ahead of outputs: the next step may have drawn already.
+                yield [draw.reports[i] if draw.reports else Token(ids[i]) for i in range(sent, len(ids))]
+                sent = len(ids)
+        finally:
+            if not finished:
+                manager.cancel_request(name)
+                manager.output_router.result_handlers.pop(name, None)
+
+    async def score(self, ids: list[int], top: int) -> list[Token]:
+        return await asyncio.to_thread(self._score, ids, top)
+
+    @torch.inference_mode()
+    def _score(self, ids: list[int], top: int) -> list[Token]:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        logits_TV = self.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        tokens = [Token(ids[0])]
+        return tokens + [report(logits_TV[i].log_softmax(-1), token, top) for i, token in enumerate(ids[1:])]
+
+    def check_grammar(self, grammar: str) -> None:
+        self._grammars.matcher(grammar)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._grammars.token_bytes(token)
+
+    def check(self) -> None:
+        if not self._manager.is_running() or self._manager.background_thread_status.fatal_error is not None:
+            raise EngineFailed("the engine has stopped")
+
+    def close(self) -> None:
+        self._manager.destroy()
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Of the generation's configuration, and the tokenizer's own, which chat templates end answers with."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)

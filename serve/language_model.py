@@ -1,0 +1,162 @@
+"""A causal language model behind OpenAI's protocol: `/v1/models`, `/v1/completions`, `/v1/chat/completions`; and
+`/predict` and `/healthz`, as every deployment has them.
+
+`serve deploy serve/language_model.yaml` starts it through `build`.
+"""
+
+# Annotations are not postponed here: replicas get the class by value, and FastAPI reads its annotations
+# there, where a name in a string would find nothing.
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+
+import heliostat
+from heliostat.generate.embedded import EmbeddedEngine
+from heliostat.models import bundle as bundles
+from heliostat.predictor import Predictor
+from heliostat.recipe import Deploy
+from serve.application import Answer as Predictions
+from serve.application import BodyLimit, Health, Question, arguments, inputs_of, scaled
+from serve.openai.answer import Answer
+from serve.openai.chat import ChatAnswer
+from serve.openai.completion import CompletionAnswer
+from serve.openai.protocol import HANDLED, ChatRequest, CompletionRequest, Generation, Problem, problem_response
+
+
+class Loaded:
+    """A bundle that answers; as a context, a request that it is busy with."""
+
+    def __init__(self, path: Path, version: str, settings: Deploy) -> None:
+        threads = settings.threads_per_replica
+        self.predictor = Predictor(bundles.read(path, verify_files=False), threads=threads)  # which verifies them
+        self.predictor.predict([self.predictor.task.example()])
+        self.version, self.ongoing, self.retired = version, 0, False
+        model, tokenizer = self.predictor.model, self.predictor.processor
+        self.engine = EmbeddedEngine(model, tokenizer, cache_tokens=settings.cache_tokens, threads=threads)
+
+    @property
+    def digest(self) -> str:
+        return self.predictor.bundle.digest[:12]
+
+    def __enter__(self) -> "Loaded":
+        self.ongoing += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ongoing -= 1
+        self._close_if_done()
+
+    def retire(self) -> None:
+        """What it has begun is done; then its engine ends."""
+        self.retired = True
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self.retired and not self.ongoing:
+            asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+
+
+def _api(settings: Deploy) -> FastAPI:
+    api = FastAPI(title="Heliostat", version=heliostat.__version__)
+    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    for kind in HANDLED:
+        api.add_exception_handler(kind, problem_response)
+    return api
+
+
+def _language_model(settings: Deploy, name: str) -> type:
+    """The class is made here because routes take their limits when they are declared. `name`: of the model."""
+    api = _api(settings)
+
+    @serve.ingress(api)
+    class LanguageModel:
+        def __init__(self) -> None:
+            self.loaded: Loaded | None = None
+
+        async def reconfigure(self, config: dict[str, str]) -> None:
+            """Serve calls this before a replica is ready, and again for another bundle: the old one answers until the
+            new one can, and ends what it has begun."""
+            loaded = await asyncio.to_thread(Loaded, Path(config["bundle"]), config["version"], settings)
+            before, self.loaded = self.loaded, loaded
+            if before is not None:
+                before.retire()
+
+        def check_health(self) -> None:
+            """Serve replaces a replica where this raises."""
+            if self.loaded is not None:
+                self.loaded.engine.check()
+
+        @api.get("/v1/models")
+        async def models(self) -> dict[str, Any]:
+            return {"object": "list", "data": [await self.model(name)]}
+
+        @api.get("/v1/models/{model:path}")
+        async def model(self, model: str) -> dict[str, Any]:
+            length = self._model(model).engine.max_length
+            return {"id": name, "object": "model", "created": 0, "owned_by": "heliostat", "max_model_len": length}
+
+        @api.post("/v1/completions")
+        async def completions(self, request: CompletionRequest) -> Response:
+            return await self._answer(CompletionAnswer, request)
+
+        @api.post("/v1/chat/completions")
+        async def chat(self, request: ChatRequest) -> Response:
+            return await self._answer(ChatAnswer, request)
+
+        def _model(self, asked: str) -> Loaded:
+            assert self.loaded is not None
+            if asked != name:
+                raise Problem(404, f"The model `{asked}` does not exist; there is `{name}`", "model", "model_not_found")
+            return self.loaded
+
+        async def _answer(self, kind: type[Answer], request: Generation) -> Response:
+            with contextlib.ExitStack() as busy:
+                loaded = busy.enter_context(self._model(request.model))
+                # Templates and grammars take a while: beside the streams that go on.
+                answer = await asyncio.to_thread(kind, loaded.engine, request, loaded.digest)
+                if not request.stream:
+                    return JSONResponse(await answer.whole())
+                events = self._events(busy.pop_all(), answer)
+                return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+        async def _events(self, busy: contextlib.ExitStack, answer: Answer) -> AsyncIterator[str]:
+            with busy:
+                async with contextlib.aclosing(answer.events()) as events:
+                    async for event in events:
+                        yield event
+
+        @api.post("/predict")
+        async def predict(self, question: Question) -> Predictions:
+            """How well the model expects each text."""
+            assert self.loaded is not None
+            with self.loaded as loaded:
+                found = await asyncio.to_thread(loaded.predictor.predict, inputs_of(question, settings))
+                return Predictions(predictions=found, bundle=loaded.digest, version=loaded.version)
+
+        @api.get("/healthz")
+        async def healthz(self) -> Health:
+            """Answers once the model has."""
+            assert self.loaded is not None
+            loaded = self.loaded
+            loaded.engine.check()
+            return Health(status="ok", bundle=loaded.digest, version=loaded.version, ongoing=loaded.ongoing)
+
+    return LanguageModel
+
+
+def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
+    """The deployment with a bundle, not yet running. `version`: what answers call it. Clients name the model as the
+    bundle's recipe is named. Raises Refused for a bundle that is not whole."""
+    kind = _language_model(settings, bundles.read(bundle_path).recipe.name)
+    return scaled(kind, "language_model", bundle_path, version, settings)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """For `serve deploy`: see `arguments`."""
+    return application(*arguments(args))

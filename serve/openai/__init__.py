@@ -1,0 +1,1 @@
+"""OpenAI's protocol in front of an engine: what may be asked, and what answers look like."""

@@ -1,0 +1,50 @@
+"""Bundles of language models that tests serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from heliostat.models import bundle as bundles
+from heliostat.models.load import processor_facts, train_tokenizer
+from heliostat.recipe import Recipe
+from heliostat.tasks import get_task
+from tests.recipes import WORDS, tiny_llama
+
+TEMPLATE = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}Call: <tool_call>{}</tool_call>"
+    "<|end|>{% endif %}{% for message in messages %}{% if message.role == 'tool' and not tools %}"
+    "{{ raise_exception('no tools') }}{% endif %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FILL_IN = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+
+
+def chat_bundle(folder: Path, seed: int = 0) -> Path:
+    """A Llama that was never trained, whose tokenizer chats, calls tools and fills in."""
+    texts = [" ".join(WORDS), json.dumps({"name": "heat", "arguments": {"sizes": [1, 20]}})]
+    tokenizer = train_tokenizer(texts * 5, 320)
+    tokenizer.add_special_tokens({"additional_special_tokens": FILL_IN, "eos_token": "<|end|>"})
+    tokenizer.chat_template = TEMPLATE
+    recipe = tiny_llama(
+        folder,
+        **{
+            "model.config.max_position_embeddings": 1024,
+            "model.config.initializer_range": 0.3,  # so that the likeliest token is so by far
+            "deploy.cache_tokens": 8192,
+        },
+    )
+    return write(folder / f"bundle-{seed}", recipe, tokenizer, seed)
+
+
+def write(path: Path, recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerFast, seed: int) -> Path:
+    from heliostat.models.load import build_model
+
+    task = get_task(recipe, processor_facts(tokenizer))
+    torch.manual_seed(seed)
+    state = build_model(task).state_dict()
+    return bundles.write(path, task, state, tokenizer, data={}, metrics={}, lineage={}).path

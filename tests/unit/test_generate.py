@@ -1,0 +1,293 @@
+"""The embedded engine against `generate` and closed forms: one process, no server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import transformers
+
+from heliostat.generate import EngineFailed, Sampling, Token
+from heliostat.generate.drawing import Draw, json_grammar
+from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
+from heliostat.generate.text import TextStream
+from heliostat.models.load import train_tokenizer
+from heliostat.recipe import Refused
+from tests.recipes import WORDS
+
+GREEDY = Sampling(max_tokens=24, temperature=0)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.3,  # so that the likeliest token is so by far
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
+    "olmo": {},
+    "phi": {},
+    "gpt2": {},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer([" ".join(WORDS), json.dumps({"name": "heat", "sizes": [1, 20]})] * 5, 320)
+
+
+def model_of(family: str, tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    end = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.eos_token_id}
+    config = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **SIZES, **FAMILIES[family], **end)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@asynccontextmanager
+async def running(model: Any, tokenizer: Any, cache_tokens: int = 8192) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(model, tokenizer, cache_tokens=cache_tokens, threads=1)
+    try:
+        yield engine
+    finally:
+        await asyncio.to_thread(engine.close)
+
+
+async def answer(engine: EmbeddedEngine, prompt: list[int], sampling: Sampling) -> list[Token]:
+    return [token async for tokens in engine.generate(prompt, sampling) for token in tokens]
+
+
+def prompts(count: int, longest: int, vocabulary: int) -> list[list[int]]:
+    random_ = random.Random(0)
+    return [random_.choices(range(1, vocabulary), k=random_.randint(1, longest)) for _ in range(count)]
+
+
+@torch.no_grad()
+def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
+    return whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_generate(family: str, tokenizer: Any) -> None:
+    """Alone and sixteen at once, of mixed lengths."""
+    model = model_of(family, tokenizer)
+    asked = prompts(16, 60, len(tokenizer))
+
+    async def ask() -> tuple[list[Token], list[list[Token]]]:
+        async with running(model, tokenizer) as engine:
+            alone = await answer(engine, asked[0], GREEDY)
+            return alone, await asyncio.gather(*(answer(engine, prompt, GREEDY) for prompt in asked))
+
+    alone, together = asyncio.run(ask())
+    expected = [generated(model, prompt, GREEDY.max_tokens) for prompt in asked]
+    assert [[token.id for token in tokens] for tokens in together] == expected
+    assert [token.id for token in alone] == expected[0]
+
+
+def test_long_prompts_and_a_cache_that_is_too_small_for_all(tokenizer: Any) -> None:
+    """Prompts of several steps; answers whose keys and values are dropped on the way and made again."""
+    model = model_of("llama", tokenizer)
+    asked = [[*prompt, 7, 8, 9] for prompt in prompts(8, 90, len(tokenizer))]
+    asked[0] = prompts(1, 1, len(tokenizer))[0] * (STEP_TOKENS + 40)
+    sampling = Sampling(max_tokens=60, temperature=0, logprobs=0)
+
+    async def ask() -> list[list[Token]]:
+        async with running(model, tokenizer, cache_tokens=22 * PAGE_TOKENS) as engine:
+            assert engine.max_length == 21 * PAGE_TOKENS
+            return await asyncio.gather(*(answer(engine, prompt, sampling) for prompt in asked))
+
+    found = asyncio.run(ask())
+    assert [[token.id for token in tokens] for tokens in found] == [generated(model, p, 60) for p in asked]
+
+
+def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
+    model = model_of("llama", tokenizer)
+    prompt = prompts(1, 30, len(tokenizer))[0]
+    sampling = Sampling(max_tokens=12, temperature=1.3, top_k=5, seed=1, logprobs=3, ignore_end=True)
+
+    async def ask() -> tuple[list[Token], list[Token]]:
+        async with running(model, tokenizer) as engine:
+            drawn = await answer(engine, prompt, sampling)
+            return drawn, await engine.score([*prompt, *(token.id for token in drawn)], 3)
+
+    drawn, scored = asyncio.run(ask())
+    ids = torch.tensor([[*prompt, *(token.id for token in drawn)]])
+    with torch.no_grad():
+        logprobs_TV = model(ids).logits[0].log_softmax(-1)
+    assert scored[0] == Token(prompt[0])
+    for position, token in enumerate(scored[1:]):
+        values, others = logprobs_TV[position].topk(3)
+        assert token.id == ids[0, position + 1]
+        assert token.logprob == pytest.approx(float(logprobs_TV[position, token.id]), abs=1e-4)
+        assert [other for other, _ in token.top] == others.tolist()
+        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+    for one, other in zip(drawn, scored[len(prompt) :], strict=True):
+        assert (one.id, [i for i, _ in one.top]) == (other.id, [i for i, _ in other.top])
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int = 4000) -> Counter[int]:
+    """Of first tokens: each of another request."""
+    draw = Draw(sampling, None)
+    found: Counter[int] = Counter()
+    for _ in range(draws):
+        draw._drawn.clear()
+        found[draw(logits_V)] += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # squared
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.39}, [1, 0, 0, 0]),
+        ({"logit_bias": {3: 1.3862943611198906}}, [0.4 / 1.3, 0.3 / 1.3, 0.2 / 1.3, 0.4 / 1.3]),  # times four
+    ],
+)
+def test_draws_follow_the_closed_form(fields: dict[str, Any], expected: list[float]) -> None:
+    logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 3
+    found = frequencies(Sampling(max_tokens=1, seed=0, **fields), logits_V)
+    for token, probability in enumerate(expected):
+        # Five standard deviations of a binomial's share.
+        assert found[token] / 4000 == pytest.approx(
+            probability, abs=5 * (probability * (1 - probability) / 4000) ** 0.5
+        )
+
+
+def test_penalties_count_what_was_drawn() -> None:
+    sampling = Sampling(max_tokens=9, temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
+    draw = Draw(sampling, None)
+    # 1 → 0.25 → -0.25; 0.4 → -0.35; 0.3 → -0.45: by hand.
+    assert [draw(torch.tensor([1.0, 0.4, 0.3])) for _ in range(5)] == [0, 1, 2, 0, 1]
+
+
+def test_seeds_repeat_and_differ(tokenizer: Any) -> None:
+    model = model_of("llama", tokenizer)
+
+    async def ask(*seeds: int) -> list[list[int]]:
+        async with running(model, tokenizer) as engine:
+            asked = (answer(engine, [5, 6, 7], Sampling(max_tokens=20, seed=seed, temperature=2)) for seed in seeds)
+            return [[token.id for token in tokens] for tokens in await asyncio.gather(*asked)]
+
+    one, same, other = asyncio.run(ask(3, 3, 4))
+    assert one == same != other
+    assert asyncio.run(ask(3)) == [one]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+        "kind": {"enum": ["sun", "salt"]},
+    },
+    "required": ["name", "sizes", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_grammar_is_followed_by_a_model_that_knows_none(tokenizer: Any, temperature: float) -> None:
+    model = model_of("llama", tokenizer)
+    sampling = Sampling(max_tokens=200, temperature=temperature, seed=0, grammar=json_grammar(SCHEMA))
+
+    async def ask() -> list[list[Token]]:
+        async with running(model, tokenizer) as engine:
+            return await asyncio.gather(*(answer(engine, prompt, sampling) for prompt in prompts(4, 9, len(tokenizer))))
+
+    for tokens in asyncio.run(ask()):
+        text = tokenizer.decode([token.id for token in tokens], skip_special_tokens=True)
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_a_grammar_that_is_none_is_refused(tokenizer: Any) -> None:
+    model = model_of("llama", tokenizer)
+
+    async def ask() -> None:
+        async with running(model, tokenizer) as engine:
+            engine.check_grammar(json_grammar({"type": "object"}))
+            with pytest.raises(Refused, match="grammar"):
+                engine.check_grammar(json_grammar({"type": "no such type"}))
+
+    asyncio.run(ask())
+
+
+def test_a_request_that_is_given_up_is_forgotten_and_a_closed_engine_says_so(tokenizer: Any) -> None:
+    model = model_of("llama", tokenizer)
+
+    async def ask() -> None:
+        async with running(model, tokenizer) as engine:
+            endless = Sampling(max_tokens=1500, temperature=0, ignore_end=True)
+            async with aclosing(engine.generate([1, 2, 3], endless)) as stream:
+                assert len(await anext(stream)) == 1
+            scheduler = engine._manager.batch_processor.scheduler
+            for _ in range(200):
+                if not scheduler.has_pending_requests():
+                    break
+                await asyncio.sleep(0.05)
+            assert not scheduler.has_pending_requests()
+            assert engine._manager.output_router.result_handlers == {}
+            engine.check()
+            assert len(await answer(engine, [1, 2, 3], GREEDY)) > 0
+        with pytest.raises(EngineFailed):
+            engine.check()
+        with pytest.raises(EngineFailed):
+            await answer(engine, [1, 2, 3], GREEDY)
+
+    asyncio.run(ask())
+
+
+# -- text
+
+
+def shown(tokenizer: Any, ids: list[int], stop: list[str]) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer, [], stop)
+    texts = []
+    for token in ids:
+        texts.append(stream.push(token))
+        if stream.stopped:
+            return texts, stream
+    return [*texts, stream.rest()], stream
+
+
+def test_text_comes_in_whole_characters(tokenizer: Any) -> None:
+    text = "sun ☀ über 日光 🌞 steam"
+    texts, _ = shown(tokenizer, tokenizer(text)["input_ids"], [])
+    assert "".join(texts) == text
+    assert not any("\ufffd" in each for each in texts)
+
+
+@pytest.fixture(params=range(20))
+def stop_case(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
+    random_ = random.Random(request.param)
+    text = "".join(random_.choices("ab ", k=40))
+    return text, ["".join(random_.choices("ab ", k=random_.randint(1, 6))) for _ in range(2)]
+
+
+def test_text_ends_before_the_first_stop_string(tokenizer: Any, stop_case: tuple[str, list[str]]) -> None:
+    text, stops = stop_case
+    ids = tokenizer(text)["input_ids"]
+    texts, stream = shown(tokenizer, ids, stops)
+    expected, stopped = text, False
+    for count in range(1, len(ids) + 1):
+        so_far = tokenizer.decode(ids[:count])
+        if places := [so_far.find(stop) for stop in stops if stop in so_far]:
+            expected, stopped = so_far[: min(places)], True
+            break
+    assert ("".join(texts), stream.stopped) == (expected, stopped)
