@@ -221,11 +221,7 @@ def summary(at_once: int, found: dict[str, list[dict[str, float]]]) -> dict[str,
     ratios = {}
     for name in ("heliostat", "engine"):
         each = sorted(one["tokens_per_s"] / other for one, other in zip(found[name], peer, strict=True))
-        ratios[name] = {
-            "median": round(statistics.median(each), 3),
-            "from": round(each[0], 3),
-            "to": round(each[-1], 3),
-        }
+        ratios[name] = {"median": statistics.median(each), "range": [each[0], each[-1]]}
     return {"requests": at_once, "medians": medians, "tokens_per_s_over_transformers": ratios}
 
 
