@@ -10,7 +10,7 @@ import transformers
 
 from heliostat.models import bundle as bundles
 from heliostat.models.load import processor_facts, train_tokenizer
-from heliostat.recipe import Recipe
+from heliostat.recipe import Recipe, override
 from heliostat.tasks import get_task
 from tests.recipes import WORDS, tiny_llama
 
@@ -30,14 +30,10 @@ def chat_bundle(folder: Path, seed: int = 0) -> Path:
     tokenizer = train_tokenizer(texts * 5, 320)
     tokenizer.add_special_tokens({"additional_special_tokens": FILL_IN, "eos_token": "<|end|>"})
     tokenizer.chat_template = TEMPLATE
-    recipe = tiny_llama(
-        folder,
-        **{
-            "model.config.max_position_embeddings": 1024,
-            "model.config.initializer_range": 0.3,  # so that the likeliest token is so by far
-            "deploy.cache_tokens": 8192,
-        },
-    )
+    recipe = tiny_llama(folder)
+    # So that the likeliest token is so by far.
+    config = {**recipe.model.config, "max_position_embeddings": 1024, "initializer_range": 0.3}
+    recipe = override(recipe, {"model.config": config, "deploy.cache_tokens": 8192})
     return write(folder / f"bundle-{seed}", recipe, tokenizer, seed)
 
 

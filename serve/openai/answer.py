@@ -112,8 +112,6 @@ class Answer:
             "system_fingerprint": fingerprint,
         }
         self.prompts, drawing = self.drawing()
-        if drawing.grammar:
-            engine.check_grammar(drawing.grammar)  # refused here, not when the answer has begun
         # A seed gives each choice another stream of random numbers.
         self.questions = [
             Question(prompt, replace(drawing, seed=None if drawing.seed is None else drawing.seed + i), request.stops)
