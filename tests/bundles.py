@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,3 +46,35 @@ def write(path: Path, recipe: Recipe, tokenizer: transformers.PreTrainedTokenize
     torch.manual_seed(seed)
     state = build_model(task).state_dict()
     return bundles.write(path, task, state, tokenizer, data={}, metrics={}, lineage={}).path
+
+
+@dataclass
+class Reference:
+    """What transformers makes of a bundle in this process."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.bundle = bundles.read(self.path)
+        self.model: Any = self.bundle.model()
+        self.tokenizer = self.bundle.processor()
+
+    @torch.no_grad()
+    def generated(self, prompt: list[int], max_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        end = self.tokenizer.eos_token_id
+        options = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": end, "pad_token_id": end}
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+    def text(self, prompt: str | list[int], max_tokens: int) -> str:
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        return self.tokenizer.decode(self.generated(ids, max_tokens), skip_special_tokens=True)
+
+    def chat(self, messages: list[Any], **options: Any) -> list[int]:
+        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        return found["input_ids"]
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """(T, V)"""
+        return self.model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -18,6 +18,7 @@ from heliostat.recipe import Recipe, field_paths
 from heliostat.tasks import get_task
 from pipelines.job import find_recipe, parse
 from pipelines.recipes import BUILT_IN
+from serve.openai.protocol import ChatRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,10 +88,14 @@ def check(words: list[str]) -> None:
 
             assert command in cli.commands
         case ["curl", "-s", address, "-H", "content-type: application/json", "-d", body]:
-            recipe = find_recipe("sentiment")
-            url = urlsplit(f"http://{address}")
-            assert (url.hostname, url.port, url.path) == (recipe.deploy.host, recipe.deploy.port, "/predict")
-            get_task(recipe).parse(json.loads(body)["inputs"])
+            url, asked = urlsplit(f"http://{address}"), json.loads(body)
+            recipe = find_recipe(asked.get("model", "sentiment"))
+            assert (url.hostname, url.port) == (recipe.deploy.host, recipe.deploy.port)
+            if url.path == "/predict":
+                get_task(recipe).parse(asked["inputs"])
+            else:
+                assert url.path == "/v1/chat/completions"
+                ChatRequest.model_validate(asked)
         case _:
             pytest.fail(f"nothing here knows how to check: {shlex.join(words)}")
 
