@@ -13,7 +13,7 @@ from heliostat.doctor.document import Document, Problem, read
 from heliostat.doctor.machine import check_machine, check_port
 from heliostat.doctor.nodes import Cluster
 from heliostat.doctor.recipes import Configuration, build_recipe, check_recipe, in_document
-from heliostat.doctor.serve import check_serve, ports
+from heliostat.doctor.serve import check_serve
 from heliostat.hardware import this_machine
 from heliostat.recipe import Deploy, Recipe, Refused, override
 
@@ -78,8 +78,9 @@ def examine(
             continue
         problems += check_recipe(recipe, document, clusters, this_machine(), configuration)
     for document in served:
-        problems += check_serve(document, clusters, root)
-        for where, port in ports(document).items() if not clusters else ():
+        found, ports = check_serve(document, clusters, root)
+        problems += found
+        for where, port in ports.items() if not clusters else ():
             host = document.get("http_options", "host") or "127.0.0.1"
             problems += check_port(document, where, str(host), port)
     prices = {cluster.file: price for cluster in clusters if (price := cluster.usd_per_hour())}

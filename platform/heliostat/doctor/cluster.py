@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import installed
-from heliostat.doctor.document import Document, Problem, Where
+from heliostat.doctor.document import Document, Problem, Where, against_schema
 from heliostat.doctor.nodes import Cluster, NodeType, node_types
 from heliostat.doctor.software import check_software
 from heliostat.recipe import nearest
@@ -44,8 +44,8 @@ def schema() -> dict[str, Any] | None:
 
 def check_cluster(document: Document) -> tuple[list[Problem], Cluster | None]:
     """What is wrong, and the cluster as far as it can be told; None where the file is malformed."""
-    problems, malformed = _against_schema(document)
-    if malformed or not isinstance(document.data, dict):
+    problems, malformed = against_schema(document, schema() or {})
+    if malformed:
         return problems, None
     types = node_types(document)
     ports = _ports(_start(document, "head_start_ray_commands")[1])
@@ -63,25 +63,6 @@ def check_cluster(document: Document) -> tuple[list[Problem], Cluster | None]:
     problems += _check_object_store(document, types)
     problems += check_software(document, types)
     return problems, cluster
-
-
-def _against_schema(document: Document) -> tuple[list[Problem], bool]:
-    from jsonschema import Draft7Validator
-
-    problems: list[Problem] = []
-    malformed = False
-    for error in Draft7Validator(schema() or {}).iter_errors(document.data):
-        where: Where = tuple(error.absolute_path)
-        if error.validator == "additionalProperties":
-            problems += document.unknown(where, list(error.schema["properties"]))
-            continue
-        malformed = True
-        if error.validator == "required":
-            (missing,) = re.findall(r"^'(\w+)' is a required", error.message)
-            problems.append(document.problem((*where, missing), "is missing", "add it"))
-        else:
-            problems.append(document.problem(where, error.message, ""))
-    return problems, malformed
 
 
 def _check_types(document: Document, types: list[NodeType]) -> Iterator[Problem]:
@@ -153,9 +134,14 @@ def _flag(words: list[str], name: str) -> str | None:
 
 
 def _ports(words: list[str]) -> dict[str, int]:
-    given = {name: _flag(words, name) for name in HEAD_PORTS}
-    found = {name: int(value) if value and value.isdigit() else HEAD_PORTS[name] for name, value in given.items()}
+    found = {name: _number(words, name, usual) for name, usual in HEAD_PORTS.items()}
     return {name: port for name, port in found.items() if port}  # 0: any that is free
+
+
+def _number(words: list[str], name: str, otherwise: int) -> int:
+    """Of a flag; `otherwise` without it, or where only the shell knows."""
+    value = _flag(words, name)
+    return int(value) if value and value.isdigit() else otherwise
 
 
 def _check_ports(document: Document, ports: dict[str, int]) -> Iterator[Problem]:
@@ -165,7 +151,7 @@ def _check_ports(document: Document, ports: dict[str, int]) -> Iterator[Problem]
         if port in taken:
             yield document.problem(where, f"{name} and {taken[port]} are both port {port}", f"give {name} another port")
         taken[port] = name
-    low, high = (int(_flag(words, name) or default) for name, default in WORKER_PORTS.items())
+    low, high = (_number(words, name, usual) for name, usual in WORKER_PORTS.items())
     for name, port in ports.items():
         if low <= port <= high:
             yield document.problem(
@@ -190,7 +176,7 @@ def _check_token(document: Document) -> Iterator[Problem]:
         problem = "Ray is to start with a token, and none is sent to the nodes"
         fix = f'add "{TOKEN_FILE}": "{TOKEN_FILE}" to file_mounts'
         yield Problem(document.file, document.line(head), "file_mounts", problem, fix)
-    elif not Path(mounts[TOKEN_FILE]).expanduser().is_file():
+    elif not Path(str(mounts[TOKEN_FILE])).expanduser().is_file():
         yield document.problem(
             ("file_mounts", TOKEN_FILE), f"{mounts[TOKEN_FILE]} does not exist here", "ray get-auth-token --generate"
         )
@@ -209,7 +195,7 @@ def _check_token(document: Document) -> Iterator[Problem]:
 
 def _check_mounts(document: Document) -> Iterator[Problem]:
     for remote, local in (document.get("file_mounts") or {}).items():
-        if remote != TOKEN_FILE and not Path(local).expanduser().exists():
+        if remote != TOKEN_FILE and not Path(str(local)).expanduser().exists():
             yield document.problem(("file_mounts", remote), f"{local} does not exist here", "check the path")
 
 
@@ -220,10 +206,7 @@ def _check_object_store(document: Document, types: list[NodeType]) -> Iterator[P
     if document.get("docker", "image") or document.get("docker", "worker_image"):
         shm, where_shm = _docker_shm(document)
     for where, words in _start_commands(document):
-        given = _flag(words, "--object-store-memory")
-        if not given or not given.isdigit():
-            continue
-        store = int(given)
+        store = _number(words, "--object-store-memory", 0)
         if shm is not None and store > shm:
             yield document.problem(
                 where,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,3 +109,24 @@ def _walk(node: yaml.Node, where: Where, lines: dict[Where, int], repeated: list
         for index, value in enumerate(node.value):
             lines[*where, index] = value.start_mark.line + 1
             _walk(value, (*where, index), lines, repeated)
+
+
+def against_schema(document: Document, schema: dict[str, Any]) -> tuple[list[Problem], bool]:
+    """What a JSON schema finds, and whether any of it is worse than a field too many: then nothing in the document can
+    be relied on."""
+    from jsonschema import Draft7Validator
+
+    problems: list[Problem] = []
+    malformed = False
+    for error in Draft7Validator(schema).iter_errors(document.data):
+        where: Where = tuple(error.absolute_path)
+        if error.validator == "additionalProperties":
+            problems += document.unknown(where, list(error.schema["properties"]))
+            continue
+        malformed = True
+        if error.validator == "required":
+            (missing,) = re.findall(r"^'(\w+)' is a required", error.message)
+            problems.append(document.problem((*where, missing), "is missing", "add it"))
+        else:
+            problems.append(document.problem(where, error.message))
+    return problems, malformed

@@ -8,62 +8,78 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import card, installed
-from heliostat.doctor.document import Document, Problem, Where
+from heliostat.doctor.document import Document, Problem, Where, against_schema
 from heliostat.doctor.nodes import Cluster
 from heliostat.recipe import Refused, nearest
 
-SCHEMAS = {
-    (): "ServeDeploySchema",
-    ("http_options",): "HTTPOptionsSchema",
-    ("grpc_options",): "gRPCOptionsSchema",
-    ("applications", "*"): "ServeApplicationSchema",
-    ("applications", "*", "deployments", "*"): "DeploymentSchema",
-    ("applications", "*", "deployments", "*", "ray_actor_options"): "RayActorOptionsSchema",
-    ("applications", "*", "deployments", "*", "autoscaling_config"): "AutoscalingConfig",
-}
-"""Ray's class for each mapping of the file."""
+TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": ["number", "null"]}, {"type": ["integer", "null"]}
+PORT_NUMBER = {"type": "integer", "minimum": 1, "maximum": 65535}
 PORT, GRPC_PORT = 8000, 9000
 """Serve's, where the file names none."""
 ARGUMENTS = "ARGUMENTS"
 """The constant in which a module of ours lists what its `build` takes."""
 
 
-def check_serve(document: Document, clusters: list[Cluster], root: Path) -> Iterator[Problem]:
-    """`root`: the folder from which import paths are found."""
-    yield from _unknown_fields(document)
-    yield from _check_ports(document, clusters)
-    names: dict[Any, Where] = {}
-    routes: dict[Any, Where] = {}
-    applications = document.get("applications")
-    if not isinstance(applications, list) or not applications:
-        yield document.problem(("applications",), "no application is listed", "add one")
-        return
-    for index in range(len(applications)):
+def check_serve(document: Document, clusters: list[Cluster], root: Path) -> tuple[list[Problem], dict[Where, int]]:
+    """What is wrong, and the ports that Serve would listen on. `root`: the folder from which import paths are found."""
+    problems, malformed = against_schema(document, schema())
+    if malformed:
+        return problems, {}
+    ports = _ports(document)
+    problems += _check_ports(document, ports, clusters)
+    names: set[str] = set()
+    routes: set[str | None] = set()
+    for index, application in enumerate(document.data["applications"]):
         where: Where = ("applications", index)
-        for field, seen, default in (("name", names, "default"), ("route_prefix", routes, "/")):
-            value = document.get(*where, field) if field in (document.get(*where) or {}) else default
+        for field, seen, usual in (("name", names, "default"), ("route_prefix", routes, "/")):
+            value = application.get(field, usual)
             if value is not None and value in seen:
-                yield document.problem((*where, field), f"two applications have {field} {value!r}", "change one")
-            seen[value] = where
-        yield from _check_code(document, where, root)
-        deployments = document.get(*where, "deployments") or ()
-        for number in range(len(deployments)):
-            yield from _check_deployment(document, (*where, "deployments", number), clusters)
+                problems.append(
+                    document.problem((*where, field), f"two applications have {field} {value!r}", "change one")
+                )
+            seen.add(value)
+        problems += _check_code(document, where, root)
+        for number in range(len(application.get("deployments") or ())):
+            problems += _check_deployment(document, (*where, "deployments", number), clusters)
+    return problems, ports
 
 
-def _unknown_fields(document: Document) -> Iterator[Problem]:
-    schemas = _fields_of_schemas()
-    for pattern, name in SCHEMAS.items():
-        for where in _matching(document.data, pattern):
-            value = document.get(*where)
-            if not isinstance(value, dict):
-                yield document.problem(where, "is not a mapping", "")
-            elif name in schemas:
-                yield from document.unknown(where, schemas[name])
+def schema() -> dict[str, Any]:
+    """The fields of Serve's own classes, and the types of those that are looked at here."""
+    found = _fields_of_classes()
+
+    def mapping(kind: str, needed: tuple[str, ...] = (), /, **types: Any) -> dict[str, Any]:
+        known: dict[str, Any] = {field: {} for field in found.get(kind, ())}
+        return {
+            "type": "object" if needed else ["object", "null"],
+            "required": list(needed),
+            "properties": known | types,
+            "additionalProperties": not known,  # without Ray, any
+        }
+
+    scaling = mapping("AutoscalingConfig", min_replicas=WHOLE, max_replicas=WHOLE, initial_replicas=WHOLE)
+    actor = mapping("RayActorOptionsSchema", num_cpus=NUMBER, num_gpus=NUMBER)
+    deployment = mapping("DeploymentSchema", ("name",), name=TEXT, autoscaling_config=scaling, ray_actor_options=actor)
+    application = mapping(
+        "ServeApplicationSchema",
+        ("import_path",),
+        name=TEXT,
+        route_prefix={"type": ["string", "null"]},
+        import_path=TEXT,
+        args={"type": "object"},
+        deployments={"type": "array", "items": deployment},
+    )
+    return mapping(
+        "ServeDeploySchema",
+        ("applications",),
+        http_options=mapping("HTTPOptionsSchema", port=PORT_NUMBER, host=TEXT),
+        grpc_options=mapping("gRPCOptionsSchema", port=PORT_NUMBER),
+        applications={"type": "array", "minItems": 1, "items": application},
+    )
 
 
-def _fields_of_schemas() -> dict[str, list[str]]:
-    """Of Serve's own classes; none where Ray is not installed."""
+def _fields_of_classes() -> dict[str, list[str]]:
+    """None where Ray is not installed."""
     folder = installed.folder("ray")
     if folder is None:
         return {}
@@ -71,44 +87,16 @@ def _fields_of_schemas() -> dict[str, list[str]]:
     return {name: [field for field in body if field != "model_config"] for name, body in found.items()}
 
 
-def _matching(value: Any, pattern: tuple[str, ...]) -> Iterator[Where]:
-    """The paths in `value` that fit the pattern; `*`: every item of a list."""
-    if not pattern:
-        yield ()
-        return
-    first, *rest = pattern
-    inner: list[tuple[str | int, Any]]
-    if first == "*":
-        inner = list(enumerate(value)) if isinstance(value, list) else []
-    else:
-        inner = [(first, value[first])] if isinstance(value, dict) and value.get(first) is not None else []
-    for key, each in inner:
-        for where in _matching(each, tuple(rest)):
-            yield (key, *where)
-
-
-def _asked_ports(document: Document) -> dict[Where, Any]:
-    asked: dict[Where, Any] = {("http_options", "port"): document.get("http_options", "port") or PORT}
+def _ports(document: Document) -> dict[Where, int]:
+    found: dict[Where, int] = {("http_options", "port"): document.get("http_options", "port") or PORT}
     if document.get("grpc_options"):
-        asked["grpc_options", "port"] = document.get("grpc_options", "port") or GRPC_PORT
-    return asked
+        found["grpc_options", "port"] = document.get("grpc_options", "port") or GRPC_PORT
+    return found
 
 
-def ports(document: Document) -> dict[Where, int]:
-    """Those that Serve would listen on."""
-    return {where: port for where, port in _asked_ports(document).items() if _is_port(port)}
-
-
-def _is_port(value: Any) -> bool:
-    return isinstance(value, int) and 0 < value < 65536
-
-
-def _check_ports(document: Document, clusters: list[Cluster]) -> Iterator[Problem]:
+def _check_ports(document: Document, ports: dict[Where, int], clusters: list[Cluster]) -> Iterator[Problem]:
     taken: dict[int, str] = {}
-    for where, port in _asked_ports(document).items():
-        if not _is_port(port):
-            yield document.problem(where, f"{port!r} is not a port", "use 1 to 65535")
-            continue
+    for where, port in ports.items():
         if port in taken:
             yield document.problem(where, f"{port} is the port of {taken[port]}, too", "give one of them another")
         taken[port] = str(where[0])
@@ -121,11 +109,8 @@ def _check_ports(document: Document, clusters: list[Cluster]) -> Iterator[Proble
 
 
 def _check_code(document: Document, where: Where, root: Path) -> Iterator[Problem]:
-    path = document.get(*where, "import_path")
-    if path is None:
-        yield document.problem((*where, "import_path"), "is missing", "write module:application")
-        return
-    module, colon, name = str(path).rpartition(":" if ":" in str(path) else ".")
+    path: str = document.get(*where, "import_path")
+    module, colon, name = path.rpartition(":" if ":" in path else ".")
     if not colon or not module or not name:
         yield document.problem((*where, "import_path"), f"{path!r} names no object", "write module:application")
         return
@@ -186,7 +171,7 @@ def _check_deployment(document: Document, where: Where, clusters: list[Cluster])
         )
     elif not isinstance(replicas, int | None) and replicas != "auto":
         yield document.problem((*where, "num_replicas"), f"{replicas!r} is neither a number nor auto", "write a number")
-    least, most = scaling.get("min_replicas", 1), scaling.get("max_replicas", 1)
+    least, most = (1 if scaling.get(name) is None else scaling[name] for name in ("min_replicas", "max_replicas"))
     first = scaling.get("initial_replicas")
     if least > most:
         yield document.problem(

@@ -53,7 +53,8 @@ def size(shape: tuple[int, ...]) -> int:
 
 def model_shape(config: dict[str, Any], task: str) -> ModelShape | None:
     """The model that a task makes of a configuration (the content of a `config.json`). None for families and tasks that
-    are not described here."""
+    are not described here, and for sizes that are none. Raises KeyError, TypeError, ValueError or ZeroDivisionError for
+    configurations that the family itself would not take."""
     declared = declarations(config.get("model_type", ""))
     family = FAMILIES.get((config.get("model_type", ""), task))
     if declared is None or family is None:
@@ -62,7 +63,9 @@ def model_shape(config: dict[str, Any], task: str) -> ModelShape | None:
     own = {other_names.get(name, name): value for name, value in declared.items()}
     own |= {other_names.get(name, name): value for name, value in config.items()}
     plan = declared.get("base_model_tp_plan") or TENSOR_PLANS.get(config["model_type"], {})
-    return family(own, plan, declared.get("base_model_ep_plan") or {})
+    shape = family(own, plan, declared.get("base_model_ep_plan") or {})
+    numbers = (length for each in shape.parameters for length in each.shape)
+    return shape if all(isinstance(length, int) and length > 0 for length in numbers) else None
 
 
 def declarations(model_type: str) -> dict[str, Any] | None:
