@@ -27,6 +27,8 @@ def read(path: Path) -> dict[str, Any]:
         raise Refused("bundle", f"{card_path} is not a bundle's card")
     if card["version"] > BUNDLE_VERSION:
         raise Refused("bundle", f"{path} was written by a newer Heliostat", "upgrade this one")
+    if not isinstance(card.get("files"), dict):
+        raise Refused("bundle", f"{card_path} lists no files", "restore it, or train again")
     return card
 
 

@@ -177,7 +177,7 @@ def test_memory_of_this_machine() -> None:
     recipe = override(find_recipe("tiny_lm"), {"model.config": {"model_type": "llama", "hidden_size": 32768}})
     (problem,) = examine({"large": recipe}, configuration).problems
     assert problem.field == "parallelism"
-    assert "this machine's memory" in problem.problem
+    assert "a worker's share of this machine" in problem.problem
 
 
 def test_a_file_that_is_not_there() -> None:

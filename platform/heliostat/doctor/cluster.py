@@ -201,11 +201,11 @@ def _check_mounts(document: Document) -> Iterator[Problem]:
 
 def _check_object_store(document: Document, types: list[NodeType]) -> Iterator[Problem]:
     """Ray keeps objects in /dev/shm, and on the disk where they do not fit."""
-    shm: int | None = None
-    where_shm: Where = ("docker",)
-    if document.get("docker", "image") or document.get("docker", "worker_image"):
-        shm, where_shm = _docker_shm(document)
+    detection = ("docker", "disable_shm_size_detection")
+    sizes = {role: _docker_shm(document, role) for role in ("head", "worker")}
     for where, words in _start_commands(document):
+        heads = where[0] == "head_start_ray_commands"
+        shm = sizes["head" if heads else "worker"]
         store = _number(words, "--object-store-memory", 0)
         if shm is not None and store > shm:
             yield document.problem(
@@ -214,7 +214,6 @@ def _check_object_store(document: Document, types: list[NodeType]) -> Iterator[P
                 "the disk",
                 f"add --shm-size={-(-store // UNITS['g']) + 1}g to docker.run_options",
             )
-        heads = where[0] == "head_start_ray_commands"
         for each in types:
             if each.is_head == heads and each.instance and store > each.instance.memory_bytes:
                 yield document.problem(
@@ -223,19 +222,20 @@ def _check_object_store(document: Document, types: list[NodeType]) -> Iterator[P
                     f"{each.instance.memory_bytes}",
                     "leave it out: Ray takes 30% of the memory",
                 )
-    if shm == DOCKER_SHM_BYTES:
+    if document.get(*detection) and DOCKER_SHM_BYTES in sizes.values():
         yield document.problem(
-            where_shm, "the container's /dev/shm is docker's 64 MiB: objects would go to the disk",
+            detection, "the container's /dev/shm is docker's 64 MiB: objects would go to the disk",
             "leave disable_shm_size_detection out, or add --shm-size to docker.run_options",
         )  # fmt: skip
 
 
-def _docker_shm(document: Document) -> tuple[int | None, Where]:
+def _docker_shm(document: Document, role: str) -> int | None:
     """The size of a container's /dev/shm, where the file decides it."""
-    for field in ("run_options", "head_run_options", "worker_run_options"):
-        for index, option in enumerate(document.get("docker", field) or ()):
-            if found := re.search(r"--shm-size[= ]['\"]?(\d+(?:\.\d+)?)([bkmgt]?)b?\b", str(option), re.IGNORECASE):
-                return int(float(found[1]) * UNITS[found[2].lower()]), ("docker", field, index)
-    if document.get("docker", "disable_shm_size_detection"):
-        return DOCKER_SHM_BYTES, ("docker", "disable_shm_size_detection")
-    return None, ("docker",)
+    found = None
+    for field in ("run_options", f"{role}_run_options"):
+        for option in document.get("docker", field) or ():
+            if said := re.search(r"--shm-size[= ]['\"]?(\d+(?:\.\d+)?)([bkmgt]?)b?\b", str(option), re.IGNORECASE):
+                found = int(float(said[1]) * UNITS[said[2].lower()])  # the last counts
+    if found is None and document.get("docker", "disable_shm_size_detection"):
+        return DOCKER_SHM_BYTES
+    return found

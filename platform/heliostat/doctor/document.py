@@ -91,7 +91,10 @@ def read(path: Path, file: str) -> Document | Problem:
             return Problem(file, None, "", f"is not YAML: {error}", "")
     lines: dict[Where, int] = {(): 1}
     repeated: list[Where] = []
-    root = yaml.compose(text, yaml.CSafeLoader)
+    try:
+        root = yaml.compose(text, yaml.CSafeLoader)
+    except yaml.YAMLError:  # of JSON that YAML cannot spell: without lines
+        root = None
     if root is not None:
         _walk(root, (), lines, repeated)
     return Document(file, data, lines, repeated)

@@ -154,7 +154,7 @@ def _here(recipe: Recipe, machine: Machine) -> list[Room]:
         memory = gpu_memory_bytes()
         return [Room(memory, "a GPU of this machine", True)] if memory else []
     workers = recipe.parallelism.workers
-    return [Room(machine.memory_bytes // workers, f"a {workers}th of this machine's memory", False)]
+    return [Room(machine.memory_bytes // workers, "a worker's share of this machine", False)]
 
 
 def _there(recipe: Recipe, cluster: Cluster) -> list[Room]:

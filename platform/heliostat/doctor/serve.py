@@ -111,7 +111,7 @@ def _check_ports(document: Document, ports: dict[Where, int], clusters: list[Clu
 def _check_code(document: Document, where: Where, root: Path) -> Iterator[Problem]:
     path: str = document.get(*where, "import_path")
     module, colon, name = path.rpartition(":" if ":" in path else ".")
-    if not colon or not module or not name:
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), name]):
         yield document.problem((*where, "import_path"), f"{path!r} names no object", "write module:application")
         return
     file = _file_of(module, root)
@@ -122,7 +122,12 @@ def _check_code(document: Document, where: Where, root: Path) -> Iterator[Proble
             nearest(module, _modules_beside(module, root)) or "start `serve deploy` in the folder that holds it",
         )
         return
-    body = installed.module(file).body
+    try:
+        body = installed.module(file).body
+    except SyntaxError as error:
+        problem = f"{file} is not Python: {error.msg} in line {error.lineno}"
+        yield document.problem((*where, "import_path"), problem, "correct it")
+        return
     assigned = installed.assigned(body)
     names = [*assigned, *(each.name for each in body if hasattr(each, "name"))]
     if name not in names:

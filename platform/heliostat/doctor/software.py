@@ -58,10 +58,9 @@ def check_software(document: Document, types: list[NodeType]) -> Iterator[Proble
                 where, f"Python {version} there, {PYTHON} here: neither can read what the other pickles",
                 f"use Python {PYTHON} there",
             )  # fmt: skip
-    has_gpus = any(each.gpus for each in types)
     for wanted in _wanted(document):
         yield from _check_version(document, wanted)
-        yield from _check_cuda(document, wanted, has_gpus, cuda)
+        yield from _check_cuda(document, wanted, any(each.gpus for each in _run_by(wanted.where, types)), cuda)
     yield from _check_wheels(document, next(iter(pythons), PYTHON), types)
     yield from _check_files(document)
 
@@ -108,6 +107,13 @@ def _commands(document: Document) -> Iterator[tuple[Where, list[str]]]:
                     continue
 
 
+def _run_by(where: Where, types: list[NodeType]) -> list[NodeType]:
+    """The types of nodes that run a command."""
+    if where[0] == "available_node_types":
+        return [each for each in types if each.name == where[1]]
+    return [each for each in types if each.is_head] if where[0] == "head_setup_commands" else types
+
+
 def _interpreters(document: Document) -> Iterator[tuple[Where, str]]:
     for where, words in _commands(document):
         line = " ".join(words)
@@ -140,7 +146,7 @@ def _wanted(document: Document) -> Iterator[Wanted]:
 
 
 def _requirement(text: str) -> tuple[str, str] | None:
-    found = re.match(r"(ray|torch|transformers)(?:\[[\w,-]*\])?(?:==([\w.+]+)|$|[<>~!;= ])", text)
+    found = re.match(r"(ray|torch|transformers)(?:\[[\w,-]*\])?(?:\s*==\s*([\w.+]+)|\s*$|\s*[<>~!;])", text)
     return (found[1], found[2] or "") if found else None
 
 
