@@ -8,10 +8,11 @@ from rich.console import Console
 from heliostat.data.prepare import prepare
 from heliostat.hardware import this_machine
 from heliostat.launch.batch import run_on_ray
-from heliostat.launch.cluster import connect, logical_cpus, starts_here
+from heliostat.launch.cluster import connect, starts_here
 from heliostat.launch.tune.search import search
 from heliostat.launch.tune.space import check_space, trials_at_once
 from heliostat.launch.tune.watch import trials_table
+from heliostat.placement import logical_cpus
 from heliostat.recipe import build
 from heliostat.tasks import get_task
 from heliostat.tracking import log_run, log_trials

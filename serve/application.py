@@ -3,7 +3,6 @@
 # Annotations are not postponed here: replicas get some of the classes by value, and FastAPI reads its annotations
 # there, where a name in a string would find nothing.
 import hashlib
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +13,13 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 import heliostat
+from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Deploy, Refused, nearest
 
 Input = dict[str, Any]
+ARGUMENTS = ("bundle", "version")
+"""What `build` of an application takes."""
 
 
 class Body(BaseModel):
@@ -106,8 +108,8 @@ def arguments(args: dict[str, Any]) -> tuple[Path, str, Deploy]:
     """Bundle, version and settings from the `args` of a file for `serve deploy`: `bundle`, a path that every node sees,
     and `version`. The settings are those of the bundle's recipe. Raises Refused for other arguments."""
     for name in args:
-        if name not in ("bundle", "version"):
-            raise Refused(f"args.{name}", "no such argument", nearest(name, ["bundle", "version"]))
+        if name not in ARGUMENTS:
+            raise Refused(f"args.{name}", "no such argument", nearest(name, list(ARGUMENTS)))
     if "bundle" not in args:
         raise Refused("args.bundle", "no bundle is named", "name the folder that training wrote")
     path = Path(args["bundle"]).expanduser()
@@ -146,13 +148,7 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do no harm
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise Refused(
-                "deploy.port",
-                f"{host}:{port} cannot be used: {error.strerror}",
-                "stop what listens there, or choose another port",
-            ) from error
+    if reason := cannot_listen(host, port):
+        raise Refused(
+            "deploy.port", f"{host}:{port} cannot be used: {reason}", "stop what listens there, or choose another port"
+        )

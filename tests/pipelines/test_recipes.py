@@ -19,7 +19,8 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Recipe, override
 from heliostat.train.loop import train
-from pipelines.job import find_recipe, parse
+from pipelines.job import parse
+from pipelines.recipes import find_recipe
 from tests import needs
 
 STEPS = 3

@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from heliostat.recipe import Recipe, field_paths
+from heliostat.recipe import Recipe, field_paths, override
 from heliostat.tasks import get_task
-from pipelines.job import find_recipe, parse
-from pipelines.recipes import BUILT_IN
+from pipelines import doctor
+from pipelines.job import parse
+from pipelines.recipes import BUILT_IN, find_recipe
 from serve.openai.protocol import ChatRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,11 @@ def check(words: list[str]) -> None:
         case ["python", "-m", module, *arguments] if module.startswith("bench."):
             usage = subprocess.check_output([sys.executable, "-m", module, "--help"], cwd=ROOT, text=True)
             assert {word for word in arguments if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", usage))
+        case ["python", "-m", "pipelines.doctor", *arguments]:
+            subjects, overrides = doctor.parse(arguments)
+            for name, recipe in subjects.items():
+                assert recipe or (ROOT / name).is_file()
+                assert not recipe or override(recipe, overrides)
         case ["python", "-m", module, *arguments]:
             assert module.startswith("pipelines.")
             assert importlib.util.find_spec(module), f"no {module}"

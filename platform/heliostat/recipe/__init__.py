@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from heliostat.recipe.sections import (
     SHARD_AXES,
@@ -48,6 +50,7 @@ __all__ = [
     "RECIPE_VERSION",
     "SHARD_AXES",
     "SHARD_OPTIONS",
+    "TRAINED_TOKENIZER",
     "Choice",
     "Data",
     "Deploy",
@@ -69,14 +72,18 @@ __all__ = [
     "build",
     "field_paths",
     "load",
+    "load_object",
     "nearest",
     "override",
     "refusal",
+    "refusals",
     "sections",
     "write_atomically",
 ]
 
 RECIPE_VERSION: Literal[1] = 1
+TRAINED_TOKENIZER = "train:"
+"""What `model.tokenizer` begins with where one is trained."""
 
 
 class Recipe(Section):
@@ -250,17 +257,39 @@ def nearest(path: str, among: list[str] | None = None) -> str:
     return f"did you mean {match[0]}?" if match else ""
 
 
+def load_object(path: str, field_name: str) -> Any:
+    """`module:name`, imported."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise Refused(
+            field_name, f"cannot import {module_name!r}: {error}", "start the job in the folder that holds it"
+        ) from error
+    if not hasattr(module, name):
+        raise Refused(field_name, f"{module_name!r} has no {name!r}", nearest(name, dir(module)))
+    return getattr(module, name)
+
+
 def refusal(error: ValidationError) -> Refused:
     """The first mistake that pydantic found, in words."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "recipe"
-    cause = first.get("ctx", {}).get("error")
+    return refusals(error)[0]
+
+
+def refusals(error: ValidationError) -> list[Refused]:
+    """All of them."""
+    return [_in_words(each) for each in error.errors(include_url=False)]
+
+
+def _in_words(mistake: ErrorDetails) -> Refused:
+    field = ".".join(str(part) for part in mistake["loc"]) or "recipe"
+    cause = mistake.get("ctx", {}).get("error")
     if isinstance(cause, Refused):
         return cause
-    if first["type"] == "extra_forbidden":
+    if mistake["type"] == "extra_forbidden":
         return Refused(field, "no such field in a recipe", nearest(field))
-    reason = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
+    reason = mistake["msg"].removeprefix("Value error, ")
+    given = mistake.get("input")
     if isinstance(given, str | int | float | bool):
         reason += f", got {given!r}"
     return Refused(field, reason)
