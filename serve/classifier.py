@@ -9,6 +9,7 @@
 import asyncio
 import hashlib
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve import metrics
 from ray.serve.context import _get_global_client
 
 import heliostat
@@ -28,6 +30,9 @@ from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused, nearest
 
 Input = dict[str, Any]
+LATENCIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+BATCH_SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+"""Upper bounds of what histograms count."""
 
 
 class Body(BaseModel):
@@ -84,6 +89,37 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
+class Measured:
+    """What Ray exports to Prometheus of the requests of one path, each name with `ray_` before it. It is made in the
+    replica, with the first request."""
+
+    def __init__(self, app: Any, path: str) -> None:
+        self.app, self.path = app, path
+        self.requests = metrics.Counter(
+            "heliostat_serve_requests", "Requests by outcome: answered, refused (4xx), failed", ("outcome",)
+        )
+        self.latency = metrics.Histogram("heliostat_serve_latency_s", "Of requests that were answered", LATENCIES_S)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith(self.path):
+            await self.app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 500  # which an exception becomes
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            outcome = "answered" if status < 400 else "refused" if status < 500 else "failed"
+            self.requests.inc(1, {"outcome": outcome})
+            if outcome == "answered":
+                self.latency.observe(time.perf_counter() - begun)
+
+
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 422)
 
@@ -102,6 +138,7 @@ async def _malformed(request: Request, error: Exception) -> JSONResponse:
 def _api(settings: Deploy) -> FastAPI:
     api = FastAPI(title="Heliostat", version=heliostat.__version__)
     api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    api.add_middleware(Measured, path="/predict")  # around the other
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(RequestValidationError, _malformed)
     return api
@@ -124,6 +161,8 @@ def _classifier(settings: Deploy) -> type:
             self.predictor: Predictor | None = None
             self.version = ""
             self.ongoing = 0
+            self.queue = metrics.Gauge("heliostat_serve_queue", "Requests that a replica has begun and not answered")
+            self.batch_size = metrics.Histogram("heliostat_serve_batch_size", "Inputs of a forward pass", BATCH_SIZES)
             # One: models and tokenizers are not for sharing, and a second would only contend for processors.
             self.thread = ThreadPoolExecutor(1, "predict")
 
@@ -147,15 +186,20 @@ def _classifier(settings: Deploy) -> type:
             predictor, version = self.predictor, self.version
             assert predictor is not None
             self.ongoing += 1
+            self.queue.set(self.ongoing)
             try:
                 predictions = await self._answers(predictor, inputs)
             finally:
                 self.ongoing -= 1
+                self.queue.set(self.ongoing)
             return Answer(predictions=predictions, bundle=predictor.bundle.digest[:12], version=version)
 
         async def _answers(self, predictor: Predictor, inputs: list[Input]) -> list[dict[str, Any]]:
             if self.ongoing == 1 and len(inputs) <= settings.max_batch_size:
-                return await self._in_thread(predictor.predict, inputs)  # alone: no wait for others to share a batch
+                # Alone: no wait for others to share a batch.
+                predictions: list[dict[str, Any]] = await self._in_thread(predictor.predict, inputs)
+                self.batch_size.observe(len(inputs))
+                return predictions
             # Prepared before they are batched: a refusal names the input by its place in its own request, and
             # touches no other request.
             table = await self._in_thread(predictor.rows, inputs)
@@ -168,6 +212,7 @@ def _classifier(settings: Deploy) -> type:
                 places = [i for i, (each, _) in enumerate(rows) if each is predictor]
                 table = pa.concat_tables([rows[i][1] for i in places])
                 found = await self._in_thread(predictor.predict_rows, table)
+                self.batch_size.observe(len(places))
                 for i, prediction in zip(places, found, strict=True):
                     predictions[i] = prediction
             return predictions
