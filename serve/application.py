@@ -3,6 +3,7 @@
 # Annotations are not postponed here: replicas get some of the classes by value, and FastAPI reads its annotations
 # there, where a name in a string would find nothing.
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve import metrics
 from ray.serve.context import _get_global_client
 
 import heliostat
@@ -18,6 +20,8 @@ from heliostat.models import bundle as bundles
 from heliostat.recipe import Deploy, Refused, nearest
 
 Input = dict[str, Any]
+LATENCIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+"""Upper bounds of what a histogram counts."""
 ARGUMENTS = ("bundle", "version")
 """What `build` of an application takes."""
 
@@ -71,6 +75,37 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+class Measured:
+    """What Ray exports to Prometheus of the requests of some paths, each name with `ray_` before it. It is made in the
+    replica, with the first request."""
+
+    def __init__(self, app: Any, paths: tuple[str, ...]) -> None:
+        self.app, self.paths = app, paths
+        self.requests = metrics.Counter(
+            "heliostat_serve_requests", "Requests by outcome: answered, refused (4xx), failed", ("outcome",)
+        )
+        self.latency = metrics.Histogram("heliostat_serve_latency_s", "Of requests that were answered", LATENCIES_S)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith(self.paths):
+            await self.app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 500  # which an exception becomes
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            outcome = "answered" if status < 400 else "refused" if status < 500 else "failed"
+            self.requests.inc(1, {"outcome": outcome})
+            if outcome == "answered":
+                self.latency.observe(time.perf_counter() - begun)
 
 
 def inputs_of(question: Question, settings: Deploy) -> list[Input]:

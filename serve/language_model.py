@@ -22,7 +22,7 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import BodyLimit, Health, Question, arguments, inputs_of, scaled
+from serve.application import BodyLimit, Health, Measured, Question, arguments, inputs_of, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -65,6 +65,7 @@ class Loaded:
 def _api(settings: Deploy) -> FastAPI:
     api = FastAPI(title="Heliostat", version=heliostat.__version__)
     api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    api.add_middleware(Measured, paths=("/predict", "/v1/completions", "/v1/chat/completions"))  # around the other
     for kind in HANDLED:
         api.add_exception_handler(kind, problem_response)
     return api

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
@@ -25,6 +26,8 @@ from tests.ports import free_port
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
 INPUTS = [{"text": text} for text in TEXTS]
+REPORTS_S = 11.0
+"""Ray's processes report every 10 s."""
 
 
 def trained(folder: Path, **overrides: object) -> Path:
@@ -259,3 +262,43 @@ def test_the_yaml_is_one_that_serve_takes() -> None:
     path = Path(__file__).parents[2] / "serve" / "classifier.yaml"
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     assert schema.applications[0].import_path == "serve.classifier:build"
+
+
+def test_what_prometheus_gets(endpoint: Endpoint) -> None:
+    """Requests by outcome, their time, and batches, as the node's exporter tells them."""
+    before = served()
+    while (later := settled()) != before:
+        before = later
+    for inputs in ([{"text": "sun"}], [{"text": "sun"}] * 3, [{"text": ""}]):
+        endpoint.post({"inputs": inputs})
+    deadline = time.monotonic() + 60
+    while (now := served()) == before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    now = settled()
+    grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
+    assert grown == {"requests answered": 2, "requests refused": 1, "latencies": 2, "batches": 2}
+
+
+def settled() -> dict[str, float]:
+    """After the next report."""
+    time.sleep(REPORTS_S)
+    return served()
+
+
+def served() -> dict[str, float]:
+    """What the node's exporter has of endpoints, summed over replicas."""
+    import ray
+
+    (node,) = ray.nodes()
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = {
+                "ray_heliostat_serve_requests_total": f"requests {sample.labels.get('outcome')}",
+                "ray_heliostat_serve_latency_s_count": "latencies",
+                "ray_heliostat_serve_batch_size_count": "batches",
+            }.get(sample.name)
+            if name:
+                sums[name] = sums.get(name, 0.0) + sample.value
+    return sums
