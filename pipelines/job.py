@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import ValidationError
 
+from heliostat.launch.tune import STUDY_FILE
 from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, refusal, sections
 from pipelines.answer import answer
 from pipelines.recipes import BUILT_IN, find_recipe
@@ -43,6 +44,8 @@ class Options:
     """prove, drill: processes of each layout (or run); what a layout does not take is filled up by replication."""
     faults: str = ""
     """drill: any of `kill,hang,nan,disk_full,truncate`. Empty: all of them."""
+    auto: bool = False
+    """tune: search a ready-made space for the recipe's task, beside what `tune.space` says."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 
@@ -99,10 +102,12 @@ def parse(words: list[str]) -> tuple[Recipe, Options]:
         raise Refused(
             "recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function"
         )
-    names = field_paths() + [option.name for option in dataclasses.fields(Options)]
+    options = dataclasses.fields(Options)
+    names = field_paths() + [option.name for option in options]
+    others = ["help", *(f"no_{option.name}" for option in options if option.type == "bool")]
     for word in words:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name not in names and name not in ("help", "no_keep", "no_fresh", "no_full"):
+        if word.startswith("--") and name not in (*names, *others):
             raise Refused(name, "no such field in a recipe", nearest(name, names))
 
     def refuse(event: Any) -> None:
@@ -172,7 +177,7 @@ def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
 
 def _resumable(path: Path) -> bool:
     """Whether a run's folder has checkpoints or a search's study, or says that they are elsewhere."""
-    if (path / "checkpoints").is_dir() or (path / "study.db").is_file():
+    if (path / "checkpoints").is_dir() or (path / STUDY_FILE).is_file():
         return True
     if not (path / "recipe.json").is_file():
         return False

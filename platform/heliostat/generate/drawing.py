@@ -48,7 +48,7 @@ class Grammars:
 
 def json_grammar(schema: dict[str, Any]) -> str:
     """A JSON value by a JSON schema, on one line."""
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=ONE_LINE)
+    return llguidance.LLMatcher.grammar_from_json_schema({**schema, "x-guidance": ONE_LINE})
 
 
 class Draw:

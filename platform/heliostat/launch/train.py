@@ -202,7 +202,7 @@ def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:
     if use_gpu is None:
         gpus = ray.cluster_resources().get("GPU", 0)
         use_gpu = gpus >= (parallelism.min_workers or parallelism.workers)
-    return use_gpu, {"CPU": parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    return use_gpu, parallelism.worker_resources(use_gpu)
 
 
 def report(run_dir: Path, started: float, outcome: dict[str, Any]) -> dict[str, Any]:

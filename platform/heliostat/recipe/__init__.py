@@ -25,6 +25,7 @@ from heliostat.recipe.sections import (
     Choice,
     Data,
     Deploy,
+    Energy,
     Gate,
     Integers,
     LogUniform,
@@ -47,6 +48,7 @@ from heliostat.recipe.sections import (
 )
 
 __all__ = [
+    "OPEN",
     "RECIPE_VERSION",
     "SHARD_AXES",
     "SHARD_OPTIONS",
@@ -54,6 +56,7 @@ __all__ = [
     "Choice",
     "Data",
     "Deploy",
+    "Energy",
     "Integers",
     "LogUniform",
     "Lora",
@@ -86,6 +89,10 @@ TRAINED_TOKENIZER = "train:"
 """What `model.tokenizer` begins with where one is trained."""
 
 
+OPEN = "model.config."
+"""Below this, paths go on with names that are not the recipe's own, but transformers'."""
+
+
 class Recipe(Section):
     version: Literal[1] = RECIPE_VERSION
     name: str
@@ -105,6 +112,7 @@ class Recipe(Section):
     tune: Tune = Tune()
     gate: Gate = Gate()
     deploy: Deploy = Deploy()
+    energy: Energy = Energy()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -142,9 +150,20 @@ class Recipe(Section):
             )
         for path, spec in self.tune.space.items():
             values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]
+            together = self._together(path, spec)
             for value in values:
-                override(self, {path: value}, check_tune=False)
+                override(self, together | {path: value}, check_tune=False)
         return self
+
+    def _together(self, path: str, spec: SearchRange) -> dict[str, Any]:
+        """What goes with any value of a path of the space: its conditions are met, and what depends on it is out of the
+        way."""
+        defaults = {
+            other: sections(Recipe)[other.rpartition(".")[0]].model_fields[other.rpartition(".")[2]].get_default()
+            for other, each in self.tune.space.items()
+            if path in each.when and "." in other and not other.startswith(OPEN)
+        }
+        return defaults | {condition: allowed[0] for condition, allowed in spec.when.items()}
 
     def _check_rounds(self, rows: int) -> None:
         """`rows`: those of one micro-batch over all workers. Interleaving goes through the stages in rounds of about
@@ -211,12 +230,13 @@ def build(tree: dict[str, Any]) -> Recipe:
 
 
 def override(recipe: Recipe, values: dict[str, Any], check_tune: bool = True) -> Recipe:
-    """The recipe with fields replaced by dotted path: `override(r, {"optimizer.lr": 3e-4})`."""
+    """The recipe with fields replaced by dotted path: `override(r, {"optimizer.lr": 3e-4})`. `model.config.FIELD` lays
+    one more field over the model's configuration."""
     tree = recipe.model_dump(mode="json")
     if not check_tune:
         tree["tune"]["space"] = {}
     for path, value in values.items():
-        if path not in field_paths():
+        if path not in field_paths() and not path.startswith(OPEN):
             raise Refused(path, "no such field in a recipe", nearest(path))
         *parents, leaf = path.split(".")
         node = tree

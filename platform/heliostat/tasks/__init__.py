@@ -114,6 +114,11 @@ class Task:
         """Raise Refused for a model that cannot do what the recipe asks of this task. `model`: whole, on CPU, before it
         is laid out."""
 
+    def choices(self) -> dict[str, list[Any]]:
+        """Fields beside those of all tasks that a ready-made search tries, by path, with their values: preprocessing,
+        or what the model's family leaves open. Cheap: no data, no weights."""
+        return {}
+
     # -- from source rows to prepared rows
 
     def required_columns(self) -> list[str]:

@@ -97,7 +97,8 @@ class Run:
         notice: Callable[[], float | None] = lambda: None,
         observe: Callable[[Pulse], None] = lambda pulse: None,
     ) -> None:
-        """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
+        """`report` is called after each evaluation on every rank, with its figures and this rank's `loop_s` and
+        `loop_cpu_s`; `resume` is a checkpoint folder used when the
         run has none of its own; `watch` ends the process where it hangs; `fault` is injected, for a drill;
         `notice` says when this rank's machine will be taken away (Unix time), as far as is known;
         `observe` is called on rank 0, a few times a second."""
@@ -205,7 +206,7 @@ class Run:
         progress, ledger = self.progress, self.ledger
         pending: tuple[int, StepResult, float] | None = None
         self.parallel.runs.train()  # a pre-trained model comes in evaluation mode, without its dropout
-        started, cpu_started = time.perf_counter(), time.process_time()
+        self._began = time.perf_counter(), time.process_time()
         while progress.step < self.total:
             with ledger("input"):
                 batches = next(batches_by_step)
@@ -248,8 +249,12 @@ class Run:
             if last:
                 break
         ledger.enter("checkpoint")  # or what is like one: the bundle
-        spent = {"loop_s": time.perf_counter() - started, "loop_cpu_s": time.process_time() - cpu_started}
-        return self._finish(status, spent)
+        return self._finish(status, self._spent())
+
+    def _spent(self) -> dict[str, float]:
+        """This process's time in the loop, and its processors'."""
+        wall, cpu = self._began
+        return {"loop_s": time.perf_counter() - wall, "loop_cpu_s": time.process_time() - cpu}
 
     def _beat(self) -> None:
         if self.watchdog is not None:
@@ -326,7 +331,8 @@ class Run:
                 self.average.swap()
         self.recorder.evaluation(progress.step, figures)
         if self.report is not None:
-            self.report({"step": progress.step, "epochs": progress.step / self.loader.batches_per_epoch, **figures})
+            epochs = progress.step / self.loader.batches_per_epoch
+            self.report({"step": progress.step, "epochs": epochs, **self._spent(), **figures})
         patience = training.early_stopping_patience
         return bool(patience and progress.evaluations_without_gain >= patience)
 
