@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -35,6 +36,9 @@ class ChatAnswer(Answer):
             raise Problem(400, "messages: this model has no chat template; ask /v1/completions", "messages")
         if tools and not tool_calls.template_takes_tools(tokenizer.chat_template):
             raise Problem(400, "tools: this model's chat template has no place for them", "tools")
+        own = inspect.signature(tokenizer.apply_chat_template).parameters
+        if taken := [name for name in self.request.chat_template_kwargs if name in own]:
+            raise Problem(400, f"chat_template_kwargs: {taken[0]} is not the template's", "chat_template_kwargs")
         messages = [_message(i, each.model_dump(exclude_none=True)) for i, each in enumerate(self.request.messages)]
         try:
             found = tokenizer.apply_chat_template(
