@@ -3,12 +3,14 @@
 # Annotations are not postponed here: replicas get some of the classes by value, and FastAPI reads its annotations
 # there, where a name in a string would find nothing.
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import metrics
@@ -22,6 +24,7 @@ from heliostat.recipe import Deploy, Refused, nearest
 Input = dict[str, Any]
 LATENCIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 """Upper bounds of what a histogram counts."""
+PAGE = Path(__file__).with_name("page.html")
 ARGUMENTS = ("bundle", "version")
 """What `build` of an application takes."""
 
@@ -106,6 +109,31 @@ class Measured:
             self.requests.inc(1, {"outcome": outcome})
             if outcome == "answered":
                 self.latency.observe(time.perf_counter() - begun)
+
+
+class Replica:
+    """Says in every answer which replica made it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.header = (b"x-replica", serve.get_replica_context().replica_id.unique_id.encode())
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
+        async def named(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], self.header]}
+            await send(message)
+
+        await self.app(scope, receive, named)
+
+
+def page(kind: Literal["text", "image", "chat", "completion"], model: str) -> HTMLResponse:
+    """A page to try a model on: `kind` is what one gives it."""
+    settings = json.dumps({"kind": kind, "model": model}).replace("<", "\\u003c")
+    text = PAGE.read_text(encoding="utf-8").replace("/*settings*/null", settings)
+    # It loads nothing: all it needs is written in it.
+    policy = "default-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    return HTMLResponse(text, headers={"content-security-policy": policy})
 
 
 def inputs_of(question: Question, settings: Deploy) -> list[Input]:

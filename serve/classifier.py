@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
 from ray.serve import metrics
 
@@ -23,7 +23,20 @@ import heliostat
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
-from serve.application import Answer, Body, BodyLimit, Health, Input, Measured, Question, arguments, inputs_of, scaled
+from serve.application import (
+    Answer,
+    Body,
+    BodyLimit,
+    Health,
+    Input,
+    Measured,
+    Question,
+    Replica,
+    arguments,
+    inputs_of,
+    page,
+    scaled,
+)
 
 BATCH_SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
 """Upper bounds of what a histogram counts."""
@@ -53,6 +66,7 @@ def _api(settings: Deploy) -> FastAPI:
     api = FastAPI(title="Heliostat", version=heliostat.__version__)
     api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     api.add_middleware(Measured, paths=("/predict",))  # around the other
+    api.add_middleware(Replica)
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(RequestValidationError, _malformed)
     return api
@@ -127,6 +141,12 @@ def _classifier(settings: Deploy) -> type:
                 for i, prediction in zip(places, found, strict=True):
                     predictions[i] = prediction
             return predictions
+
+        @api.get("/", include_in_schema=False)
+        async def try_it(self) -> HTMLResponse:
+            assert self.predictor is not None
+            kind = "image" if "image" in self.predictor.task.example() else "text"
+            return page(kind, self.predictor.bundle.recipe.name)
 
         @api.get("/healthz")
         async def healthz(self) -> Health:

@@ -22,7 +22,7 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import BodyLimit, Health, Measured, Question, arguments, inputs_of, scaled
+from serve.application import BodyLimit, Health, Measured, Question, Replica, arguments, inputs_of, page, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -66,6 +66,7 @@ def _api(settings: Deploy) -> FastAPI:
     api = FastAPI(title="Heliostat", version=heliostat.__version__)
     api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     api.add_middleware(Measured, paths=("/predict", "/v1/completions", "/v1/chat/completions"))  # around the other
+    api.add_middleware(Replica)
     for kind in HANDLED:
         api.add_exception_handler(kind, problem_response)
     return api
@@ -92,6 +93,11 @@ def _language_model(settings: Deploy, name: str) -> type:
             """Serve replaces a replica where this raises."""
             if self.loaded is not None:
                 self.loaded.engine.check()
+
+        @api.get("/", include_in_schema=False)
+        async def try_it(self) -> Response:
+            assert self.loaded is not None
+            return page("chat" if self.loaded.engine.tokenizer.chat_template else "completion", name)
 
         @api.get("/v1/models")
         async def models(self) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from heliostat.models import bundle as bundles
-from heliostat.models.load import processor_facts, train_tokenizer
-from heliostat.recipe import Recipe, override
+from heliostat.models.load import build_model, processor_facts, train_tokenizer
+from heliostat.recipe import Recipe, build, override
 from heliostat.tasks import get_task
 from tests.recipes import WORDS, tiny_llama
 
@@ -36,16 +35,36 @@ def chat_bundle(folder: Path, seed: int = 0) -> Path:
     # So that the likeliest token is so by far.
     config = {**recipe.model.config, "max_position_embeddings": 1024, "initializer_range": 0.3}
     recipe = override(recipe, {"model.config": config, "deploy.cache_tokens": 8192})
-    return write(folder / f"bundle-{seed}", recipe, tokenizer, seed)
+    return write(folder / f"bundle-{seed}", recipe, tokenizer, seed, processor_facts(tokenizer))
 
 
-def write(path: Path, recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerFast, seed: int) -> Path:
-    from heliostat.models.load import build_model
+def image_bundle(folder: Path) -> Path:
+    """A classifier of images that was never trained."""
+    recipe = build(
+        {
+            "name": "tiny-images",
+            "task": "image_classification",
+            "data": {"train": "packaged:digits/all"},
+            "model": {
+                "config": {
+                    "model_type": "resnet",
+                    "layer_type": "basic",
+                    "embedding_size": 8,
+                    "hidden_sizes": [8, 16],
+                    "depths": [1, 1],
+                }
+            },
+        }
+    )
+    facts = {"labels": ["dark", "bright"], "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
+    return write(folder / "images", recipe, None, 0, facts)
 
-    task = get_task(recipe, processor_facts(tokenizer))
+
+def write(path: Path, recipe: Recipe, processor: Any, seed: int, facts: dict[str, Any]) -> Path:
+    task = get_task(recipe, facts)
     torch.manual_seed(seed)
     state = build_model(task).state_dict()
-    return bundles.write(path, task, state, tokenizer, data={}, metrics={}, lineage={}).path
+    return bundles.write(path, task, state, processor, data={}, metrics={}, lineage={}).path
 
 
 @dataclass

@@ -119,6 +119,7 @@ def test_tiny_lm(tmp_path: Path) -> None:
     assert math.isfinite(answer["perplexity"])
 
 
+@pytest.mark.slow
 def test_smollm(tmp_path: Path) -> None:
     functions = some_rows(find_recipe("smollm").data.train, 80, tmp_path / "functions.parquet")
     losses, answer = train_and_ask(few_steps("smollm", tmp_path, **{"data.train": functions}), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -21,7 +22,9 @@ from heliostat.recipe import Deploy, Refused
 from heliostat.train.loop import train
 from serve.application import deploy
 from serve.classifier import application, build
-from tests import recipes
+from tests import needs, recipes
+from tests.browser import tab
+from tests.bundles import image_bundle
 from tests.ports import free_port
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
@@ -222,6 +225,47 @@ def test_a_swap_fails_no_request(endpoint: Endpoint, paths: list[Path], restart:
     assert answers[0].json()["version"] == before
     last = endpoint.post({"inputs": INPUTS}).json()
     assert (last["bundle"], last["version"]) == (expected[after][0], after)
+
+
+@needs.chromium
+def test_a_page_to_try_texts_on(endpoint: Endpoint, tmp_path: Path) -> None:
+    with tab(endpoint.url, tmp_path) as page:
+        page.run("document.getElementById('text').focus()")
+        page.type(TEXTS[0])
+        page.press_enter()
+        page.wait("document.getElementById('notes').textContent")
+        shown = page.run("document.body.innerText")
+        assert page.problems == []
+    found = endpoint.post({"inputs": {"text": TEXTS[0]}}).json()
+    (prediction,) = found["predictions"]
+    best, other = sorted(prediction["scores"].items(), key=lambda pair: -pair[1])
+    assert best[0] == prediction["label"]
+    assert re.search(rf"{best[0]}\s+{best[0]}\s+{best[1]:.3f}\s+{other[0]}\s+{other[1]:.3f}", shown), shown
+    assert re.search(rf"[\d.]+ s · version {found['version']} · replica \w+", shown)
+
+
+@needs.chromium
+def test_a_page_to_drop_images_on(endpoint: Endpoint, tmp_path: Path) -> None:
+    """The bundle of another task is swapped in as any other."""
+    bundle = bundles.read(image_bundle(tmp_path))
+    deploy(bundle.path, "images", endpoint.settings, "tiny")
+    image = bundle.task().example()["image"]
+    drop = f"""(async () => {{
+        const bytes = Uint8Array.from(atob("{image}"), each => each.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], "image.png", {{type: "image/png"}}));
+        document.dispatchEvent(new DragEvent("drop", {{dataTransfer: data}}));
+    }})()"""
+    with tab(endpoint.url, tmp_path / "browser") as page:
+        page.run(drop)
+        page.wait("document.querySelector('#shown img')?.naturalWidth === 8")
+        page.run("document.querySelector('button').click()")
+        page.wait("document.getElementById('notes').textContent")
+        shown = page.run("document.body.innerText")
+        assert page.problems == []
+    (prediction,) = Predictor(bundle).predict([{"image": image}])
+    assert f"{prediction['label']}\t" in shown
+    assert "version images · replica" in shown
 
 
 def test_another_port_than_serves_is_refused(endpoint: Endpoint, paths: list[Path]) -> None:

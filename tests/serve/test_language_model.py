@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import yaml
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import deploy
+from tests import needs
+from tests.browser import tab
 from tests.bundles import Reference, chat_bundle
 from tests.ports import free_port
 
@@ -346,6 +349,29 @@ def test_predict_as_every_deployment(url: str, reference: Reference) -> None:
     assert found["bundle"] == reference.bundle.digest[:12]
     for one, other in zip(found["predictions"], expected, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@needs.chromium
+def test_a_page_to_chat_on(url: str, reference: Reference, tmp_path: Path) -> None:
+    said = "[...document.querySelectorAll('.said')].map(box => box.textContent)"
+    with tab(url, tmp_path) as page:
+        assert page.run("document.title") == "Heliostat"
+        page.run("document.getElementById('text').focus()")
+        for turn, text in enumerate(["sun <b>salt</b>", "cloud"]):
+            page.type(text)
+            page.press_enter()
+            page.wait("document.querySelector('button').disabled")
+            page.wait(f"!document.querySelector('button').disabled && {said}.length === {2 * turn + 2}")
+            assert page.run(said)[2 * turn] == text
+            assert page.run(said)[2 * turn + 1]
+        # As it came: what was said before went along, and there was something to see before all was there.
+        first, whole = re.fullmatch(
+            rf"([\d.]+) s \(first token ([\d.]+) s\) · version {reference.bundle.digest[:12]} · replica \w+",
+            page.run("document.getElementById('notes').textContent"),
+        ).group(2, 1)
+        assert float(first) < float(whole)
+        assert page.run("messages.map(message => message.role)") == ["user", "assistant"] * 2
+        assert page.problems == []
 
 
 def test_another_bundle_while_answers_are_on_their_way(
