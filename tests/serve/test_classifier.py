@@ -245,7 +245,7 @@ def test_a_page_to_try_texts_on(endpoint: Endpoint, tmp_path: Path) -> None:
 
 
 @needs.chromium
-def test_a_page_to_drop_images_on(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_page_to_drop_images_on(endpoint: Endpoint, paths: list[Path], tmp_path: Path) -> None:
     """The bundle of another task is swapped in as any other."""
     bundle = bundles.read(image_bundle(tmp_path))
     deploy(bundle.path, "images", endpoint.settings, "tiny")
@@ -263,6 +263,7 @@ def test_a_page_to_drop_images_on(endpoint: Endpoint, tmp_path: Path) -> None:
         page.wait("document.getElementById('notes').textContent")
         shown = page.run("document.body.innerText")
         assert page.problems == []
+    deploy(paths[0], "texts", endpoint.settings, "tiny")
     (prediction,) = Predictor(bundle).predict([{"image": image}])
     assert f"{prediction['label']}\t" in shown
     assert "version images · replica" in shown

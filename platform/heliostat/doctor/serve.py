@@ -3,6 +3,7 @@ bundles that are not there."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,21 @@ def _check_code(document: Document, where: Where, root: Path) -> Iterator[Proble
     names = [*assigned, *(each.name for each in body if hasattr(each, "name"))]
     if name not in names:
         yield document.problem((*where, "import_path"), f"{file} has no {name!r}", nearest(name, names))
-    elif known := installed.literals(assigned).get(ARGUMENTS):
-        yield from _check_arguments(document, (*where, "args"), list(known))
+    elif known := _arguments(module, file, root):
+        yield from _check_arguments(document, (*where, "args"), known)
+
+
+def _arguments(module: str, file: Path, root: Path) -> list[str]:
+    """What the module says that its applications take, or one beside it from which it imports; nothing where neither
+    does."""
+    body = installed.module(file).body
+    package = module.partition(".")[0]
+    imported = [each.module for each in body if isinstance(each, ast.ImportFrom) and not each.level and each.module]
+    files = [file, *(_file_of(each, root) for each in imported if each.partition(".")[0] == package)]
+    for each in files:
+        if each and (known := installed.literals(installed.assigned(installed.module(each).body)).get(ARGUMENTS)):
+            return list(known)
+    return []
 
 
 def _file_of(module: str, root: Path) -> Path | None:
