@@ -227,6 +227,21 @@ def test_a_swap_fails_no_request(endpoint: Endpoint, paths: list[Path], restart:
     assert (last["bundle"], last["version"]) == (expected[after][0], after)
 
 
+def test_what_prometheus_gets(endpoint: Endpoint) -> None:
+    """Requests by outcome, their time, and batches, as the node's exporter tells them."""
+    before = served()
+    while (later := settled()) != before:
+        before = later
+    for inputs in ([{"text": "sun"}], [{"text": "sun"}] * 3, [{"text": ""}]):
+        endpoint.post({"inputs": inputs})
+    deadline = time.monotonic() + 60
+    while (now := served()) == before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    now = settled()
+    grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
+    assert grown == {"requests answered": 2, "requests refused": 1, "latencies": 2, "batches": 2}
+
+
 @needs.chromium
 def test_a_page_to_try_texts_on(endpoint: Endpoint, tmp_path: Path) -> None:
     with tab(endpoint.url, tmp_path) as page:
@@ -307,21 +322,6 @@ def test_the_yaml_is_one_that_serve_takes() -> None:
     path = Path(__file__).parents[2] / "serve" / "classifier.yaml"
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     assert schema.applications[0].import_path == "serve.classifier:build"
-
-
-def test_what_prometheus_gets(endpoint: Endpoint) -> None:
-    """Requests by outcome, their time, and batches, as the node's exporter tells them."""
-    before = served()
-    while (later := settled()) != before:
-        before = later
-    for inputs in ([{"text": "sun"}], [{"text": "sun"}] * 3, [{"text": ""}]):
-        endpoint.post({"inputs": inputs})
-    deadline = time.monotonic() + 60
-    while (now := served()) == before and time.monotonic() < deadline:
-        time.sleep(0.5)
-    now = settled()
-    grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
-    assert grown == {"requests answered": 2, "requests refused": 1, "latencies": 2, "batches": 2}
 
 
 def settled() -> dict[str, float]:
