@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -125,6 +125,15 @@ class Replica:
             await send(message)
 
         await self.app(scope, receive, named)
+
+
+def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
+    """An application with what all of them have around their routes. `paths`: those whose requests are measured."""
+    api = FastAPI(title="Heliostat", version=heliostat.__version__)
+    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    api.add_middleware(Measured, paths=paths)  # around the other
+    api.add_middleware(Replica)
+    return api
 
 
 def page(kind: Literal["text", "image", "chat", "completion"], model: str) -> HTMLResponse:

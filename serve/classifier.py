@@ -19,20 +19,17 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
 from ray.serve import metrics
 
-import heliostat
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
 from serve.application import (
     Answer,
     Body,
-    BodyLimit,
     Health,
     Input,
-    Measured,
     Question,
-    Replica,
     arguments,
+    http,
     inputs_of,
     page,
     scaled,
@@ -63,10 +60,7 @@ async def _malformed(request: Request, error: Exception) -> JSONResponse:
 
 
 def _api(settings: Deploy) -> FastAPI:
-    api = FastAPI(title="Heliostat", version=heliostat.__version__)
-    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
-    api.add_middleware(Measured, paths=("/predict",))  # around the other
-    api.add_middleware(Replica)
+    api = http(settings, ("/predict",))
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(RequestValidationError, _malformed)
     return api

@@ -16,13 +16,12 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 
-import heliostat
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import BodyLimit, Health, Measured, Question, Replica, arguments, inputs_of, page, scaled
+from serve.application import Health, Question, arguments, http, inputs_of, page, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -63,10 +62,7 @@ class Loaded:
 
 
 def _api(settings: Deploy) -> FastAPI:
-    api = FastAPI(title="Heliostat", version=heliostat.__version__)
-    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
-    api.add_middleware(Measured, paths=("/predict", "/v1/completions", "/v1/chat/completions"))  # around the other
-    api.add_middleware(Replica)
+    api = http(settings, ("/predict", "/v1/completions", "/v1/chat/completions"))
     for kind in HANDLED:
         api.add_exception_handler(kind, problem_response)
     return api

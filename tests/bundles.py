@@ -13,7 +13,7 @@ from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model, processor_facts, train_tokenizer
 from heliostat.recipe import Recipe, build, override
 from heliostat.tasks import get_task
-from tests.recipes import WORDS, tiny_llama
+from tests.recipes import TINY_RESNET, WORDS, tiny_llama
 
 TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}Call: <tool_call>{}</tool_call>"
@@ -45,15 +45,7 @@ def image_bundle(folder: Path) -> Path:
             "name": "tiny-images",
             "task": "image_classification",
             "data": {"train": "packaged:digits/all"},
-            "model": {
-                "config": {
-                    "model_type": "resnet",
-                    "layer_type": "basic",
-                    "embedding_size": 8,
-                    "hidden_sizes": [8, 16],
-                    "depths": [1, 1],
-                }
-            },
+            "model": {"config": TINY_RESNET},
         }
     )
     facts = {"labels": ["dark", "bright"], "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
