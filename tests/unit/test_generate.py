@@ -75,7 +75,7 @@ def prompts(count: int, longest: int, vocabulary: int) -> list[list[int]]:
 
 @torch.no_grad()
 def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
     return whole[0, len(prompt) :].tolist()
 
@@ -101,7 +101,7 @@ def test_long_prompts_and_a_cache_that_is_too_small_for_all(tokenizer: Any) -> N
     """Prompts of several steps; answers whose keys and values are dropped on the way and made again."""
     model = model_of("llama", tokenizer)
     asked = [[*prompt, 7, 8, 9] for prompt in prompts(8, 90, len(tokenizer))]
-    asked[0] = prompts(1, 1, len(tokenizer))[0] * (STEP_TOKENS + 40)
+    asked[0] = prompts(1, 1, len(tokenizer))[0] * (STEP_TOKENS["cpu"] + 40)
     sampling = Sampling(max_tokens=60, temperature=0, logprobs=0)
 
     async def ask() -> list[list[Token]]:
@@ -139,9 +139,9 @@ def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int = 4000) -> Counter[int]:
+def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int) -> Counter[int]:
     """Of first tokens: each of another request."""
-    draw = Draw(sampling, None)
+    draw = Draw(sampling, None, logits_V.device)
     found: Counter[int] = Counter()
     for _ in range(draws):
         draw._drawn.clear()
@@ -149,7 +149,8 @@ def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int = 4000) -
     return found
 
 
-@pytest.mark.parametrize(
+DRAWS = 4000
+DRAWN = pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({}, [0.4, 0.3, 0.2, 0.1]),
@@ -160,19 +161,25 @@ def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int = 4000) -
         ({"logit_bias": {3: 1.3862943611198906}}, [0.4 / 1.3, 0.3 / 1.3, 0.2 / 1.3, 0.4 / 1.3]),  # times four
     ],
 )
+
+
+@DRAWN
 def test_draws_follow_the_closed_form(fields: dict[str, Any], expected: list[float]) -> None:
-    logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 3
-    found = frequencies(Sampling(max_tokens=1, seed=0, **fields), logits_V)
+    check_draws(torch.device("cpu"), fields, expected)
+
+
+def check_draws(device: torch.device, fields: dict[str, Any], expected: list[float]) -> None:
+    logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device).log() + 3
+    found = frequencies(Sampling(max_tokens=1, seed=0, **fields), logits_V, DRAWS)
     for token, probability in enumerate(expected):
         # Five standard deviations of a binomial's share.
-        assert found[token] / 4000 == pytest.approx(
-            probability, abs=5 * (probability * (1 - probability) / 4000) ** 0.5
-        )
+        margin = 5 * (probability * (1 - probability) / DRAWS) ** 0.5
+        assert found[token] / DRAWS == pytest.approx(probability, abs=margin)
 
 
 def test_penalties_count_what_was_drawn() -> None:
     sampling = Sampling(max_tokens=9, temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
-    draw = Draw(sampling, None)
+    draw = Draw(sampling, None, torch.device("cpu"))
     # The first token's score falls 1 → 0.25 → -0.25 → -0.75, the others' 0.4 → -0.35 and 0.3 → -0.45.
     assert [draw(torch.tensor([1.0, 0.4, 0.3])) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
 

@@ -55,11 +55,12 @@ class Draw:
     """What was drawn for one request, and how the next token is. It outlives the request's place in the cache, so
     copies of the request's state keep it: it has no copies."""
 
-    def __init__(self, sampling: Sampling, matcher: llguidance.LLMatcher | None) -> None:
+    def __init__(self, sampling: Sampling, matcher: llguidance.LLMatcher | None, device: torch.device) -> None:
+        """`device`: of the logits. Another kind of device draws other tokens from the same seed."""
         self.sampling, self.matcher = sampling, matcher
         self.reports: list[Token] = []
         self._drawn: Counter[int] = Counter()
-        self._generator = torch.Generator()
+        self._generator = torch.Generator(device)
         if sampling.seed is None:
             self._generator.seed()
         else:
@@ -92,16 +93,17 @@ class Draw:
         sampling = self.sampling
         scores_V = logits_V.clone()
         if sampling.logit_bias:
-            scores_V[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
+            scores_V[list(sampling.logit_bias)] += scores_V.new_tensor(list(sampling.logit_bias.values()))
         if self._drawn and (sampling.frequency_penalty or sampling.presence_penalty):
-            counts = torch.tensor(list(self._drawn.values()), dtype=scores_V.dtype)
+            counts = scores_V.new_tensor(list(self._drawn.values()))
             scores_V[list(self._drawn)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         if self.matcher is not None:
             bits = allocate_token_bitmask(1, len(scores_V))
             fill_next_token_bitmask(self.matcher, bits)
             allowed = torch.from_numpy(bits.view("uint8")).flatten()
             allowed_V = (allowed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-            scores_V[allowed_V.flatten()[: len(scores_V)] == 0] = -torch.inf
+            refused_V = allowed_V.flatten()[: len(scores_V)] == 0
+            scores_V.masked_fill_(refused_V.to(scores_V.device), -torch.inf)
         return scores_V
 
     def _sampled(self, scores_V: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""The engine of a laptop: transformers' continuous batching, with its paged cache, in this process."""
+"""The engine that needs nothing beside transformers: its continuous batching, with its paged cache, in this process,
+where the model is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from heliostat.generate.drawing import Draw, Draws, Grammars, report
 
 PAGE_TOKENS = 32
 """Tokens of a request's last page that may stay empty."""
-STEP_TOKENS = 512
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 """Tokens of one forward pass: longer prompts are read in parts, so that answers in progress go on meanwhile."""
 
 
@@ -39,7 +40,11 @@ class EmbeddedEngine:
             model,
             transformers.GenerationConfig(do_sample=False, eos_token_id=sorted(self.end_ids)),
             ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS, num_blocks=pages, max_batch_tokens=STEP_TOKENS, use_async_batching=False
+                page_size=PAGE_TOKENS,
+                num_blocks=pages,
+                max_batch_tokens=STEP_TOKENS[model.device.type],
+                use_async_batching=False,
+                use_cuda_graph=False,  # a captured step would not draw anew
             ),
         )
         draws = ContinuousBatchingLogitsProcessorList(transformers.LogitsProcessorList([Draws()]))
@@ -48,7 +53,8 @@ class EmbeddedEngine:
         self._manager.start()
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
-        draw = Draw(sampling, self._grammars.matcher(sampling.grammar) if sampling.grammar else None)
+        matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
+        draw = Draw(sampling, matcher, self.model.device)
         name, outputs, sent = uuid.uuid4().hex, asyncio.Queue[Any](), 0
         manager, finished = self._manager, False
         manager.register_result_handler(name, outputs.put_nowait)
@@ -84,7 +90,7 @@ class EmbeddedEngine:
     def _score(self, ids: list[int], top: int) -> list[Token]:
         if self._threads:
             torch.set_num_threads(self._threads)
-        logits_TV = self.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        logits_TV = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0].float()
         tokens = [Token(ids[0])]
         return tokens + [report(logits_TV[i].log_softmax(-1), token, top) for i, token in enumerate(ids[1:])]
 
