@@ -50,8 +50,7 @@ def built(size: str, device: torch.device) -> tuple[Any, Any]:
     """Weights are drawn, not trained: time does not depend on them."""
     tokenizer = train_tokenizer(["the mirrors of the field follow the sun and send its heat to the tower"] * 9, 8192)
     tokenizer.eos_token = None
-    config = transformers.AutoConfig.for_model("llama", **{**CONFIG, "model_type": None} | SIZES[size])
-    config.eos_token_id = config.bos_token_id = None
+    config = transformers.AutoConfig.for_model(**CONFIG | SIZES[size])
     torch.manual_seed(0)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -132,9 +133,9 @@ async def load(ask: Ask, at_once: int, each: int) -> dict[str, float]:
     return {
         "tokens_per_s": sum(answer.tokens for answer in answers) / elapsed,
         "first_token_p50_s": statistics.median(first),
-        "first_token_p99_s": first[int(0.99 * (len(first) - 1))],
+        "first_token_p99_s": first[math.ceil(0.99 * (len(first) - 1))],
         "between_tokens_p50_s": statistics.median(gaps),
-        "between_tokens_p99_s": sorted(gaps)[int(0.99 * (len(gaps) - 1))],
+        "between_tokens_p99_s": sorted(gaps)[math.ceil(0.99 * (len(gaps) - 1))],
     }
 
 

@@ -113,6 +113,21 @@ def test_long_prompts_and_a_cache_that_is_too_small_for_all(tokenizer: Any) -> N
     assert [[token.id for token in tokens] for tokens in found] == [generated(model, p, 60) for p in asked]
 
 
+def test_a_model_without_an_end_goes_on_to_the_limit() -> None:
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, 320)
+    tokenizer.eos_token = None
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, **SIZES)
+    )
+
+    async def ask() -> list[Token]:
+        async with running(model.eval(), tokenizer) as engine:
+            assert engine.end_ids == frozenset()
+            return await answer(engine, [1, 2, 3], GREEDY)
+
+    assert len(asyncio.run(ask())) == GREEDY.max_tokens
+
+
 def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
     model = model_of("llama", tokenizer)
     prompt = prompts(1, 30, len(tokenizer))[0]

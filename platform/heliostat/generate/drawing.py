@@ -28,7 +28,7 @@ class Grammars:
     """What texts can be made to follow, over the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
-        self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(end_ids))
+        self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(end_ids) or None)
 
         self._compiled = functools.lru_cache(64)(self._compile)  # up to a second for a large schema
 

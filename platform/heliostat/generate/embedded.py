@@ -34,11 +34,12 @@ class EmbeddedEngine:
         pages = max(2, cache_tokens // PAGE_TOKENS)
         self.max_length = min(getattr(config, "max_position_embeddings", 0) or cache_tokens, (pages - 1) * PAGE_TOKENS)
         self.end_ids = _end_ids(model, tokenizer)
+        self._ends: list[int] | int = sorted(self.end_ids) or -1  # a model may have none
         self.vocab_size = config.vocab_size
         self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
         self._manager = ContinuousBatchingManager(
             model,
-            transformers.GenerationConfig(do_sample=False, eos_token_id=sorted(self.end_ids)),
+            transformers.GenerationConfig(do_sample=False, eos_token_id=self._ends),
             ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=pages,
@@ -64,7 +65,7 @@ class EmbeddedEngine:
                 request_id=name,
                 max_new_tokens=sampling.max_tokens,
                 streaming=True,
-                eos_token_id=-1 if sampling.ignore_end else sorted(self.end_ids),
+                eos_token_id=-1 if sampling.ignore_end else self._ends,
                 draw=draw,
             )
             if accepted is None:
