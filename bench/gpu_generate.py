@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import torch
@@ -57,31 +58,30 @@ def built(size: str, device: torch.device) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def batched(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
-    ids = [tokenizer(text)["input_ids"] for text in texts]
+def bare(model: Any) -> AbstractContextManager[Any]:
     config = ContinuousBatchingConfig(
         page_size=PAGE_TOKENS, num_blocks=CACHE_TOKENS // PAGE_TOKENS, max_batch_tokens=STEP_TOKENS[model.device.type]
     )
     generation = transformers.GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
-    with model.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager:
-        manager.add_requests([ids[0]], max_new_tokens=2)
-        while manager.get_result(timeout=1) is None:
-            pass
-        started, left, tokens = time.perf_counter(), len(ids), 0
-        manager.add_requests(ids, max_new_tokens=NEW_TOKENS)
-        while left:
-            output = manager.get_result(timeout=1)
-            if output is not None and output.is_finished():
-                left, tokens = left - 1, tokens + len(output.generated_tokens)
-        took = time.perf_counter() - started
+    return model.continuous_batching_context_manager(generation, continuous_batching_config=config)
+
+
+def batched(manager: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    started, left, tokens = time.perf_counter(), len(ids), 0
+    manager.add_requests(ids, max_new_tokens=NEW_TOKENS)
+    while left:
+        output = manager.get_result(timeout=1)
+        if output is not None and output.is_finished():
+            left, tokens = left - 1, tokens + len(output.generated_tokens)
     assert tokens == len(ids) * NEW_TOKENS
-    return {"tokens_per_s": tokens / took}
+    return {"tokens_per_s": tokens / (time.perf_counter() - started)}
 
 
 async def measure(size: str, device: torch.device, rounds: int, requests: list[int]) -> AsyncIterator[dict[str, Any]]:
-    (model, tokenizer), (plain, _), (bare, _) = (built(size, device) for _ in range(3))
+    (model, tokenizer), (plain, _), (other, _) = (built(size, device) for _ in range(3))
     engine = EmbeddedEngine(model, tokenizer, cache_tokens=CACHE_TOKENS)
-    try:
+    with closing(engine), bare(other) as manager:
         for at_once in requests:
             found: dict[str, list[dict[str, float]]] = {}
             for round_ in range(rounds + 1):
@@ -89,15 +89,13 @@ async def measure(size: str, device: torch.device, rounds: int, requests: list[i
                 measured = {
                     "heliostat": await load(engine_asker(engine), at_once, 1),
                     "sampled": await load(engine_asker(engine, temperature=1), at_once, 1),
-                    "transformers": await asyncio.to_thread(batched, bare, tokenizer, texts),
+                    "transformers": await asyncio.to_thread(batched, manager, tokenizer, texts),
                     "batch": await asyncio.to_thread(generated, plain, tokenizer, texts),
                 }
                 if round_:  # the first warms up
                     for name, figures in measured.items():
                         found.setdefault(name, []).append(figures)
             yield summary(at_once, found, ("heliostat", "sampled", "batch"))
-    finally:
-        engine.close()
 
 
 async def print_all(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 from heliostat.generate import EngineFailed, Sampling, Token
-from heliostat.generate.drawing import Draw, json_grammar
+from heliostat.generate.drawing import Draw, draw, json_grammar
 from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
 from heliostat.generate.text import TextStream
 from heliostat.models.load import train_tokenizer
@@ -156,12 +157,9 @@ def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
 
 def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int) -> Counter[int]:
     """Of first tokens: each of another request."""
-    draw = Draw(sampling, None, logits_V.device)
-    found: Counter[int] = Counter()
-    for _ in range(draws):
-        draw._drawn.clear()
-        found[draw(logits_V)] += 1
-    return found
+    logits_RV = logits_V.expand(draws, -1)
+    seeded = [Draw(replace(sampling, seed=seed), None) for seed in range(draws)]
+    return Counter(draw(seeded, logits_RV).tolist())
 
 
 DRAWS = 4000
@@ -173,6 +171,8 @@ DRAWN = pytest.mark.parametrize(
         ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
         ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
         ({"top_p": 0.39}, [1, 0, 0, 0]),
+        ({"top_p": 0.0}, [1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.8, "temperature": 0.5}, [16 / 25, 9 / 25, 0, 0]),
         ({"logit_bias": {3: 1.3862943611198906}}, [0.4 / 1.3, 0.3 / 1.3, 0.2 / 1.3, 0.4 / 1.3]),  # times four
     ],
 )
@@ -192,11 +192,29 @@ def check_draws(device: torch.device, fields: dict[str, Any], expected: list[flo
         assert found[token] / DRAWS == pytest.approx(probability, abs=margin)
 
 
+def test_requests_of_a_step_are_drawn_each_by_itself() -> None:
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_k": 2},
+        {"top_p": 0.7, "temperature": 3.0},
+        {},
+        {"logit_bias": {5: 9.0}},
+        {"temperature": 0, "presence_penalty": 1.0, "logprobs": 2},
+    ]
+    logits_RV = torch.randn(len(settings), 64, generator=torch.Generator().manual_seed(0))
+    asked = [Sampling(max_tokens=9, seed=7, **fields) for fields in settings]
+    together, alone = ([Draw(sampling, None) for sampling in asked] for _ in range(2))
+    for _ in range(20):
+        found = [int(draw([each], logits_V[None])) for each, logits_V in zip(alone, logits_RV, strict=True)]
+        assert draw(together, logits_RV).tolist() == found
+    assert together[5].reports == alone[5].reports
+
+
 def test_penalties_count_what_was_drawn() -> None:
     sampling = Sampling(max_tokens=9, temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
-    draw = Draw(sampling, None, torch.device("cpu"))
+    request = Draw(sampling, None)
     # The first token's score falls 1 → 0.25 → -0.25 → -0.75, the others' 0.4 → -0.35 and 0.3 → -0.45.
-    assert [draw(torch.tensor([1.0, 0.4, 0.3])) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
+    assert [int(draw([request], torch.tensor([[1.0, 0.4, 0.3]]))) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
 
 
 def test_seeds_repeat_and_differ(tokenizer: Any) -> None:
