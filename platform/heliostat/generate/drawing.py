@@ -125,8 +125,8 @@ def draw(draws: list[Draw], logits_RV: Tensor) -> Tensor:
 
 
 def _sampled(draws: list[Draw], scores_RV: Tensor) -> Tensor:
-    """By the inverse of each request's cumulative distribution; in double precision, since small parts add up. All of them
-    cut, or none."""
+    """By the inverse of each request's cumulative distribution; in double precision, since small parts add up. All of
+    them cut, or none."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=scores_RV.device)[:, None]
