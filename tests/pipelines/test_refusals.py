@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.pipelines.jobs import run
+from tests.pipelines.jobs import ROOT, run
 from tests.recipes import text_file, tiny_bert
 
 CASES = {
@@ -22,18 +27,47 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_refused(case: str, tmp_path: Path) -> None:
-    words, field, suggestion = CASES[case]
-    done = run("train", *words, "--storage", str(tmp_path / "storage"))
-    assert done.code == 2, done.stderr[-2000:]
-    assert done.answer["status"] == "refused"
-    assert done.answer["field"] == field
-    assert done.answer["reason"]
-    assert suggestion in done.answer["suggestion"]
-    assert len(done.stdout.strip().splitlines()) == 1
+ALL = """
+import json, sys
+from pipelines.job import main
+from pipelines.train import run
+
+codes = [main("train", run, words) for words in json.loads(sys.argv[1])]
+print(json.dumps(codes))
+"""
+"""One process for all of them: most of what one takes is imports."""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Exit code and answer by case."""
+    storage = tmp_path_factory.mktemp("refused") / "storage"
+    asked = [[*words, "--storage", str(storage)] for words, _, _ in CASES.values()]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
+    command = [sys.executable, "-c", ALL, json.dumps(asked)]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, check=True)
+    *answers, codes = map(json.loads, done.stdout.splitlines())
     assert "Started a local Ray instance" not in done.stderr
-    assert not list((tmp_path / "storage").rglob("bundle")), "nothing may be half-written"
+    assert not list(storage.rglob("bundle")), "nothing may be half-written"
+    return dict(zip(CASES, zip(codes, answers, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case: str, refused: dict[str, tuple[int, dict[str, Any]]]) -> None:
+    _, field, suggestion = CASES[case]
+    code, answer = refused[case]
+    assert code == 2
+    assert answer["status"] == "refused"
+    assert answer["field"] == field
+    assert answer["reason"]
+    assert suggestion in answer["suggestion"]
+
+
+def test_a_job_ends_with_its_answer(tmp_path: Path) -> None:
+    done = run("train", "sentimant", "--storage", str(tmp_path / "storage"))
+    assert done.code == 2, done.stderr[-2000:]
+    assert (done.answer["field"], done.answer["suggestion"]) == ("recipe", "did you mean sentiment?")
+    assert len(done.stdout.strip().splitlines()) == 1
 
 
 def test_wrong_column_leaves_nothing(tmp_path: Path) -> None:
