@@ -45,7 +45,7 @@ class Options:
     faults: str = ""
     """drill: any of `kill,hang,nan,disk_full,truncate`. Empty: all of them."""
     auto: bool = False
-    """tune: search a ready-made space for the recipe's task, beside what `tune.space` says."""
+    """tune: search a ready-made space for the recipe's task, beside what `tune.space` says, and try its baseline."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 

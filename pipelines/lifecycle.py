@@ -158,11 +158,10 @@ def gate(recipe: Recipe, bundle: bundles.Bundle, prepared: Prepared, bfloat16: b
         against = f"champion version {current.version}"
         _, other = evaluate_split(bundles.read(current.path), prepared, "validation", bfloat16)
     else:
-        against = "baseline"
         found = task.baseline(open_split(prepared.folder, "train"), open_split(prepared.folder, "validation"))
         if found is None:
             return {"against": "nothing", "better": True}
-        other = found
+        other, against = found.row_sums, f"baseline ({found.name})"
     return {"against": against, "same": False} | gain(
         task, challenger, other, recipe.gate.confidence, recipe.gate.resamples
     )
@@ -189,7 +188,7 @@ def ask(endpoint: str, bundle: bundles.Bundle) -> dict[str, Any]:
 
     task = bundle.task()
     sentences = ["What a wonderful surprise, I would buy it again.", "It broke after a day and nobody answered."]
-    inputs = [{"text": text} for text in sentences] if "text" in task.example() else [task.example()]
+    inputs = [{"text": text} for text in sentences] if set(task.example()) == {"text"} else [task.example()]
     answer = httpx.post(f"{endpoint}/predict", json={"inputs": inputs}, timeout=60)
     answer.raise_for_status()
     return {

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from heliostat.data.prepare import prepare
+from heliostat.data.prepare import describe, prepare
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
 from pipelines.job import Job, main
@@ -13,6 +13,8 @@ def run(job: Job) -> dict[str, Any]:
     with connect(job.recipe, job.options.address):
         prepared, made = prepare(job.recipe, run_on_ray)
     print(f"{'prepared' if made else 'already prepared'}: {prepared.folder}")
+    for name, said in describe(prepared):
+        print(f"{name}: {said}")
     return {
         "data": str(prepared.folder),
         "fingerprint": prepared.fingerprint,

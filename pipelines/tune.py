@@ -28,14 +28,19 @@ def run(job: Job) -> dict[str, Any]:
     with connect(job.recipe, job.options.address):
         prepared, _ = prepare(job.recipe, run_on_ray)
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        found = search(job.recipe, prepared, job.run_dir, resume=bool(job.options.resume))
+        found = search(
+            job.recipe, prepared, job.run_dir, resume=bool(job.options.resume), with_baseline=job.options.auto
+        )
     best = job.run_dir / "best_recipe.json"
     build(found["best_recipe"]).save(best)
-    search_id = log_run(job.recipe, job.run_dir, metrics={"best_value": found["best_value"]})
+    metrics = {"best_value": found["best_value"]}
+    if (value := found.get("baseline", {}).get("value")) is not None:
+        metrics["baseline_value"] = value
+    search_id = log_run(job.recipe, job.run_dir, metrics=metrics)
     if search_id is not None:
         log_trials(job.recipe, search_id, found["trials"], found["objectives"])
-    Console(stderr=True).print(trials_table(found["trials"], "Trials, best first"))
-    return found | {"best_recipe": str(best), "metrics": {"best_value": found["best_value"]}}
+    Console(stderr=True).print(trials_table(found["trials"], "Trials, best first", found.get("verdict", "")))
+    return found | {"best_recipe": str(best), "metrics": metrics}
 
 
 def check_search(job: Job) -> None:

@@ -41,7 +41,8 @@ class Question(Body):
         Input | Annotated[list[Input], Field(min_length=1)],
         Field(examples=[[{"text": "a short text"}, {"text": "another"}]]),
     ]
-    """One input or several, as the task defines them: `{"text": "…"}`, or `{"image": "…"}` in base64."""
+    """One input or several, as the task defines them: `{"text": "…"}`, `{"image": "…"}` in base64, or a row's columns
+    with their numbers."""
 
 
 class Answer(Body):
@@ -139,9 +140,9 @@ def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
     return api
 
 
-def page(kind: Literal["text", "image", "chat", "completion"], model: str) -> HTMLResponse:
-    """A page to try a model on: `kind` is what one gives it."""
-    settings = json.dumps({"kind": kind, "model": model}).replace("<", "\\u003c")
+def page(kind: Literal["text", "image", "row", "chat", "completion"], model: str, example: Any = None) -> HTMLResponse:
+    """A page to try a model on: `kind` is what one gives it, of a row beginning with the `example`."""
+    settings = json.dumps({"kind": kind, "model": model, "example": example}).replace("<", "\\u003c")
     text = PAGE.read_text(encoding="utf-8").replace("/*settings*/null", settings)
     # It loads nothing: all it needs is written in it.
     policy = "default-src 'unsafe-inline'; connect-src 'self'; img-src data:"

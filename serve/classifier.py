@@ -132,8 +132,9 @@ def _classifier(settings: Deploy) -> type:
         @api.get("/", include_in_schema=False)
         async def try_it(self) -> HTMLResponse:
             assert self.predictor is not None
-            kind = "image" if "image" in self.predictor.task.example() else "text"
-            return page(kind, self.predictor.bundle.recipe.name)
+            example, name = self.predictor.task.example(), self.predictor.bundle.recipe.name
+            kind: Any = next(iter(example)) if set(example) in ({"text"}, {"image"}) else "row"
+            return page(kind, name, example)
 
         @api.get("/healthz")
         async def healthz(self) -> Health:

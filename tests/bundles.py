@@ -1,4 +1,4 @@
-"""Bundles of language models that tests serve."""
+"""Bundles that tests serve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model, processor_facts, train_tokenizer
 from heliostat.recipe import Recipe, build, override
 from heliostat.tasks import get_task
-from tests.recipes import TINY_RESNET, WORDS, tiny_llama
+from tests.recipes import TINY_RESNET, TINY_TABULAR, WORDS, tiny_llama
 
 TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}Call: <tool_call>{}</tool_call>"
@@ -50,6 +50,21 @@ def image_bundle(folder: Path) -> Path:
     )
     facts = {"labels": ["dark", "bright"], "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
     return write(folder / "images", recipe, None, 0, facts)
+
+
+def tabular_bundle(folder: Path) -> Path:
+    """A classifier of rows of numbers that was never trained."""
+    recipe = build(
+        {
+            "name": "tiny-rows",
+            "task": "tabular_classification",
+            "data": {"train": "packaged:breast_cancer/all"},
+            "model": {"config": TINY_TABULAR},
+        }
+    )
+    facts = {"labels": ["dark", "bright"], "columns": ["height", "width"], "mean": [0.5, 3.0], "std": [0.25, 2.0],
+             "may_be_missing": [1]}  # fmt: skip
+    return write(folder / "rows", recipe, None, 0, facts)
 
 
 def write(path: Path, recipe: Recipe, processor: Any, seed: int, facts: dict[str, Any]) -> Path:

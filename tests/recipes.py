@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 
@@ -39,6 +42,9 @@ TINY_RESNET = {
     "hidden_sizes": [8, 16],
     "depths": [1, 1],
 }
+
+
+TINY_TABULAR = {"model_type": "tabular_resnet", "hidden_size": 16, "intermediate_size": 32, "embedding_size": 4}
 
 
 def text_file(folder: Path, rows: int = 33, seed: int = 0) -> Path:
@@ -119,6 +125,41 @@ def tiny_bert(folder: Path, **overrides: Any) -> Recipe:
             "optimizer": {"lr": 1e-3},
             "schedule": {"max_steps": 20},
             "training": {"global_batch_size": 16, "micro_batch_size": 8},
+        }
+    )
+    return override(recipe, overrides)
+
+
+def number_file(folder: Path, rows: int = 96, seed: int = 0) -> Path:
+    """Rows of three numbers of very different size, some missing in one, with a label that two of them decide."""
+    random_ = np.random.default_rng(seed)
+    x = random_.normal(size=(rows, 3))
+    label = np.where(x[:, 0] * x[:, 1] > 0, "bright", "dark")
+    x = x * [1.0, 1e-3, 1e4] + [0.0, 1.0, 1e6]
+    hidden = random_.random(rows) < 0.2
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"numbers-{rows}-{seed}.parquet"
+    columns = {"angle": pa.array(x[:, 0]), "tilt": pa.array(x[:, 1]), "heat": pa.array(x[:, 2], mask=hidden)}
+    pq.write_table(pa.table(columns | {"note": ["x"] * rows, "label": label}), path)
+    return path
+
+
+def tiny_tabular(folder: Path, **overrides: Any) -> Recipe:
+    """A residual network of two blocks on rows of numbers, some of which are missing."""
+    recipe = build(
+        {
+            "name": "tiny-numbers",
+            "task": "tabular_classification",
+            "storage": str(folder / "storage"),
+            "model": {"config": TINY_TABULAR},
+            "data": {
+                "train": str(number_file(folder / "source", 160)),
+                "validation": str(number_file(folder / "source", 64, 1)),
+                "test": str(number_file(folder / "source", 64, 2)),
+            },
+            "optimizer": {"lr": 3e-3},
+            "schedule": {"max_steps": 20},
+            "training": {"global_batch_size": 16, "micro_batch_size": 16},
         }
     )
     return override(recipe, overrides)

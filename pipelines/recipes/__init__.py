@@ -16,6 +16,8 @@ BUILT_IN = {
     "digits": "pipelines.recipes.vision:digits",
     "fashion": "pipelines.recipes.vision:fashion",
     "cifar10": "pipelines.recipes.vision:cifar10",
+    "breast_cancer": "pipelines.recipes.tabular:breast_cancer",
+    "credit": "pipelines.recipes.tabular:credit",
 }
 
 

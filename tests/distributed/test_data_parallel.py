@@ -3,6 +3,7 @@ and batch normalisation over ranks against PyTorch's own over the whole batch.""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.recipe import Recipe, build, override
 from heliostat.train.loop import train
 from tests.distributed.harness import run
-from tests.recipes import TINY_RESNET, prepared, text_file, tiny_bert, tiny_llama
+from tests.recipes import TINY_RESNET, prepared, text_file, tiny_bert, tiny_llama, tiny_tabular
 
 STEPS = 20
 
@@ -46,8 +47,16 @@ def tiny_resnet(folder: Path, **overrides: Any) -> Recipe:
     return override(recipe, overrides)
 
 
+MAKERS: dict[str, Callable[..., Recipe]] = {
+    "text_classification": tiny_bert,
+    "language_model": tiny_llama,
+    "image_classification": tiny_resnet,
+    "tabular_classification": tiny_tabular,
+}
+
+
 def recipe_of(task: str, folder: Path) -> Recipe:
-    training = {
+    training: dict[str, Any] = {
         "training.global_batch_size": 16,
         "training.micro_batch_size": 16,
         "training.precision": "float32",
@@ -56,15 +65,15 @@ def recipe_of(task: str, folder: Path) -> Recipe:
         "model.dropout": 0.0,
     }
     if task == "language_model":  # 100 documents: the last batch of an epoch has 4
-        return tiny_llama(folder, **training, **{"data.train": str(text_file(folder / "source", 100))})
-    return {"text_classification": tiny_bert, "image_classification": tiny_resnet}[task](folder, **training)
+        training["data.train"] = str(text_file(folder / "source", 100))
+    return MAKERS[task](folder, **training)
 
 
 def train_here(recipe: Recipe, folder: Path, run_dir: Path) -> Any:
     return train(recipe, folder, run_dir)
 
 
-@pytest.mark.parametrize("task", ["text_classification", "language_model", "image_classification"])
+@pytest.mark.parametrize("task", MAKERS)
 def test_two_workers_equal_one(task: str, tmp_path: Path) -> None:
     recipe = recipe_of(task, tmp_path)
     data = prepared(recipe).folder

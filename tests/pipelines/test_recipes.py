@@ -109,6 +109,12 @@ def test_cifar10(tmp_path: Path) -> None:
     check_classes(losses, answer, 10)
 
 
+@pytest.mark.parametrize("name", ["breast_cancer", "credit"])
+def test_tables(name: str, tmp_path: Path) -> None:
+    losses, answer = train_and_ask(few_steps(name, tmp_path), tmp_path)
+    check_classes(losses, answer, 2)
+
+
 def test_tiny_lm(tmp_path: Path) -> None:
     texts = some_rows(find_recipe("tiny_lm").data.train, 300, tmp_path / "texts.parquet")
     recipe = few_steps("tiny_lm", tmp_path, **{"data.train": texts})

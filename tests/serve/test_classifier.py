@@ -24,7 +24,7 @@ from serve.application import deploy
 from serve.classifier import application, build
 from tests import needs, recipes
 from tests.browser import tab
-from tests.bundles import image_bundle
+from tests.bundles import image_bundle, tabular_bundle
 from tests.ports import free_port
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
@@ -282,6 +282,26 @@ def test_a_page_to_drop_images_on(endpoint: Endpoint, paths: list[Path], tmp_pat
     (prediction,) = Predictor(bundle).predict([{"image": image}])
     assert f"{prediction['label']}\t" in shown
     assert "version images · replica" in shown
+
+
+@needs.chromium
+def test_a_page_to_try_a_row_of_numbers_on(endpoint: Endpoint, paths: list[Path], tmp_path: Path) -> None:
+    bundle = bundles.read(tabular_bundle(tmp_path))
+    deploy(bundle.path, "rows", endpoint.settings, "tiny")
+    with tab(endpoint.url, tmp_path / "browser") as page:
+        page.run("document.getElementById('text').focus()")
+        page.run("document.getElementById('text').value = document.getElementById('text').value.replace('0.5', '')")
+        page.press_enter()
+        page.wait("document.querySelector('.problem')?.textContent.startsWith('not JSON')")
+        page.run("document.getElementById('text').value = JSON.stringify({...SETTINGS.example, width: 7.5})")
+        page.press_enter()
+        page.wait("document.getElementById('notes').textContent")
+        shown = page.run("document.body.innerText")
+        assert page.problems == []
+    deploy(paths[0], "texts", endpoint.settings, "tiny")
+    (prediction,) = Predictor(bundle).predict([{"height": 0.5, "width": 7.5}])
+    assert re.search(rf"{prediction['label']}\s+{prediction['score']:.3f}", shown), shown
+    assert "version rows · replica" in shown
 
 
 def test_another_port_than_serves_is_refused(endpoint: Endpoint, paths: list[Path]) -> None:

@@ -179,7 +179,7 @@ def test_the_baseline_predicts_what_the_model_does(tmp_path: Path) -> None:
     evaluated, _ = row_sums(build_model(task), task, table)
     baseline = task.baseline(open_split(found.folder, "train"), table)
     assert baseline is not None
-    assert baseline["weight"].tolist() == evaluated["weight"].tolist()
+    assert baseline.row_sums["weight"].tolist() == evaluated["weight"].tolist()
 
 
 # -- what is refused

@@ -361,6 +361,8 @@ def test_truncation(truncation: str, max_length: int, tmp_path: Path) -> None:
         ("digits/all", 5000, 10),
         ("newsgroups/train", 11293, 20),
         ("newsgroups/test", 7528, 20),
+        ("breast_cancer/all", 569, 2),
+        ("credit/all", 4454, 2),
     ],
 )
 def test_packaged_sets(name: str, rows: int, classes: int) -> None:

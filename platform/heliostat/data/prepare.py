@@ -169,7 +169,7 @@ def _check_columns(task: Task, table: pa.Table, name: str, field: str) -> None:
             raise Refused(
                 field,
                 f"{name} has no column {column!r}; it has {', '.join(table.column_names)}",
-                nearest(column, table.column_names) or "set data.text_column, data.image_column or data.label_column",
+                nearest(column, table.column_names) or "set the columns of section data",
             )
 
 
@@ -203,6 +203,7 @@ def _fingerprint(recipe: Recipe, scans: Scans) -> str:
             data.text_column,
             data.label_column,
             data.image_column,
+            data.feature_columns,
             data.sequence_length,
             "isolated" if data.pack and data.isolate_documents else data.pack,
             data.validation_fraction,
@@ -258,7 +259,8 @@ def _some_rows(task: Task, sources: dict[Origin, list[Part]], codes: dict[Origin
     for origin in training:
         total = 0
         for part, code in zip(sources[origin], codes[origin], strict=True):
-            rows = _named_rows(part.read().select(task.required_columns()), part.name)
+            table = part.read()
+            rows = _named_rows(table.select(task.read_columns(table)), part.name)
             tables.append(rows.filter(pa.array(code == SPLITS.index("train"))))
             total += tables[-1].num_rows
             if total >= FIT_ROWS // len(training):
@@ -335,5 +337,7 @@ def describe(prepared: Prepared) -> Iterable[tuple[str, str]]:
     yield "rows", ", ".join(f"{rows[split]} {split}" for split in SPLITS)
     if labels := prepared.facts.get("labels"):
         yield "classes", str(len(labels))
+    if columns := prepared.facts.get("columns"):
+        yield "columns", f"{len(columns)}: {', '.join(columns)}"
     if dropped := prepared.meta["dropped_duplicates"]:
         yield "left out", f"{dropped} rows that a later split holds too"

@@ -36,8 +36,9 @@ class _Predict:
         index, part = item
         bundle = bundles.read(Path(self.bundle))
         table = part.read()
-        columns = [name for name in ("text", "image") if name in table.column_names]
-        predictions = Predictor(bundle).predict(table.select(columns).to_pylist())
+        predictor = Predictor(bundle)
+        columns = [name for name in predictor.task.example() if name in table.column_names]
+        predictions = predictor.predict(table.select(columns).to_pylist())
         for name in predictions[0]:
             if name != "scores":
                 table = table.append_column(f"predicted_{name}", pa.array([row[name] for row in predictions]))

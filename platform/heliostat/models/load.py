@@ -11,11 +11,13 @@ import transformers
 from heliostat.models.describe import model_folder
 from heliostat.models.packaged import PREFIX, packaged_model
 from heliostat.models.weights import Weights
-from heliostat.recipe import TRAINED_TOKENIZER, Model, Refused
+from heliostat.recipe import TRAINED_TOKENIZER, Model, Refused, load_object
 
 if TYPE_CHECKING:
     from heliostat.tasks import Task
 
+OWN_FAMILIES = {"tabular_resnet": "heliostat.models.tabular:TabularForClassification"}
+"""By `model_type`: architectures that transformers has not."""
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -30,6 +32,7 @@ def transformers_config(model: Model, **fields: Any) -> transformers.PretrainedC
     """The model's configuration: its own, then the recipe's, then `fields` of the task."""
     own = dict(model.config)
     model_type = own.pop("model_type", None)
+    _know_own_families()
     try:
         if model.name:
             config = transformers.AutoConfig.from_pretrained(resolve(model.name))
@@ -73,7 +76,16 @@ def on_meta(task: Task) -> torch.nn.Module:
 
 
 def auto_class(task: Task) -> Any:
+    _know_own_families()
     return getattr(transformers, task.model_class)
+
+
+def _know_own_families() -> None:
+    """transformers' Auto classes find them from here on, without code from a model's folder."""
+    for model_type, path in OWN_FAMILIES.items():
+        kind = load_object(path, "model.config")
+        transformers.AutoConfig.register(model_type, kind.config_class, exist_ok=True)
+        transformers.AutoModel.register(kind.config_class, kind, exist_ok=True)
 
 
 def build_model(task: Task, defer: bool = False) -> Any:

@@ -98,6 +98,8 @@ class Data(Section):
     text_column: str = "text"
     label_column: str = "label"
     image_column: str = "image"
+    feature_columns: list[str] = []
+    """Of a table of numbers. Empty: every column of numbers but the label."""
     limit: PositiveInt | None = None
     """Train on this many rows (a fixed random choice, of each source in proportion): short trials, smoke tests."""
     sequence_length: PositiveInt = 512

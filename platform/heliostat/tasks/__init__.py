@@ -19,6 +19,7 @@ from heliostat.recipe import Recipe, Refused, load_object, nearest
 BUILT_IN = {
     "text_classification": "heliostat.tasks.text_classification:TextClassification",
     "image_classification": "heliostat.tasks.image_classification:ImageClassification",
+    "tabular_classification": "heliostat.tasks.tabular_classification:TabularClassification",
     "language_model": "heliostat.tasks.language_model:LanguageModel",
 }
 
@@ -81,6 +82,23 @@ class Batch:
         )
 
 
+@dataclass
+class Baseline:
+    """The simplest honest method for a task, fitted on some rows and tried on others."""
+
+    name: str
+    """What people call it."""
+    row_sums: dict[str, np.ndarray]
+    """Of the other rows: as `Task.row_sums`, the task's metric and `weight` at least."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Those of the method that were chosen."""
+    estimator: Any = None
+    """What was fitted, where it is scikit-learn's."""
+
+    def value(self, metric: str) -> float:
+        return float(self.row_sums[metric].sum() / self.row_sums["weight"].sum())
+
+
 class Task:
     """Derive from this; the methods that raise NotImplementedError are the ones to write.
 
@@ -122,7 +140,12 @@ class Task:
     # -- from source rows to prepared rows
 
     def required_columns(self) -> list[str]:
+        """Of every source."""
         raise NotImplementedError
+
+    def read_columns(self, table: pa.Table) -> list[str]:
+        """Which of a source's columns are read, where more are than are required."""
+        return self.required_columns()
 
     def processor(self, texts: list[str] | None = None) -> Any:
         """The tokenizer, or None. Anything with `save_pretrained`. `texts`: training rows, to train one from."""
@@ -185,8 +208,8 @@ class Task:
         """A valid input: asked once before a replica says that it is ready."""
         raise NotImplementedError
 
-    def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray] | None:
-        """Row sums on `other` of the simplest honest method fitted on `train` (prepared rows)."""
+    def baseline(self, train: pa.Table, other: pa.Table) -> Baseline | None:
+        """The simplest honest method, fitted on `train` and tried on `other` (prepared rows)."""
         return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from heliostat.models.load import on_meta
 from heliostat.recipe import Refused
 from heliostat.tasks import (
+    Baseline,
     Batch,
     Rows,
     Task,
@@ -154,7 +155,7 @@ class ImageClassification(Task):
         Image.new("L" if channels == 1 else "RGB", (width, height)).save(file, "PNG")
         return {"image": base64.b64encode(file.getvalue()).decode()}
 
-    def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray]:
+    def baseline(self, train: pa.Table, other: pa.Table) -> Baseline:
         """Logistic regression on the pixels (of at most 5000 images)."""
         from sklearn.linear_model import LogisticRegression
 
@@ -165,7 +166,8 @@ class ImageClassification(Task):
         train = train.slice(0, 5000)
         model = LogisticRegression(max_iter=100, C=0.1).fit(features(train), train.column("label").to_numpy())
         correct = model.predict(features(other)) == other.column("label").to_numpy()
-        return {"accuracy": correct.astype(np.float64), "weight": np.ones(len(correct))}
+        sums = {"accuracy": correct.astype(np.float64), "weight": np.ones(len(correct))}
+        return Baseline("logistic regression on the pixels", sums, estimator=model)
 
 
 def _encoded(value: Any) -> bytes | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heliostat.models.load import load_tokenizer
 from heliostat.recipe import Refused
-from heliostat.tasks import Batch, Rows, Task, pad_lists, padded_lists, row_name
+from heliostat.tasks import Baseline, Batch, Rows, Task, pad_lists, padded_lists, row_name
 
 IGNORED = -100
 DOCUMENTS = "document_lengths"
@@ -147,7 +147,7 @@ class LanguageModel(Task):
     def example(self) -> dict[str, Any]:
         return {"text": "a short text"}
 
-    def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray]:
+    def baseline(self, train: pa.Table, other: pa.Table) -> Baseline:
         """A unigram model with add-one smoothing."""
         vocabulary = self.facts["vocab_size"]
         counts = np.bincount(train.column("input_ids").combine_chunks().values.to_numpy(), minlength=vocabulary) + 1.0
@@ -157,10 +157,11 @@ class LanguageModel(Task):
         documents = other.column(DOCUMENTS).to_pylist() if isolated else [[len(row)] for row in rows]
         # A document's first token is not predicted.
         rows = [np.delete(row, np.cumsum([0, *lengths[:-1]])) for row, lengths in zip(rows, documents, strict=True)]
-        return {
+        sums = {
             "loss": np.array([-log_probability[row].sum() for row in rows]),
             "weight": np.array([len(row) for row in rows], np.float64),
         }
+        return Baseline("unigrams", sums)
 
 
 def cut_lengths(lengths: list[int], row_length: int) -> list[list[int]]:

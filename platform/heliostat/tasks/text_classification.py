@@ -12,6 +12,7 @@ from torch import Tensor
 from heliostat.models.load import load_tokenizer, transformers_config
 from heliostat.recipe import Refused
 from heliostat.tasks import (
+    Baseline,
     Batch,
     Rows,
     Task,
@@ -111,7 +112,7 @@ class TextClassification(Task):
     def example(self) -> dict[str, Any]:
         return {"text": "a short text"}
 
-    def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray]:
+    def baseline(self, train: pa.Table, other: pa.Table) -> Baseline:
         """TF-IDF of words and word pairs, then logistic regression."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
@@ -122,7 +123,8 @@ class TextClassification(Task):
         )
         model.fit(train.column("text").to_pylist(), train.column("label").to_numpy())
         correct = model.predict(other.column("text").to_pylist()) == other.column("label").to_numpy()
-        return {"accuracy": correct.astype(np.float64), "weight": np.ones(len(correct))}
+        sums = {"accuracy": correct.astype(np.float64), "weight": np.ones(len(correct))}
+        return Baseline("TF-IDF and logistic regression", sums, estimator=model)
 
 
 def tokenize(texts: list[str], tokenizer: Any, max_length: int, truncation: str) -> list[list[int]]:

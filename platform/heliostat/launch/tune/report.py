@@ -29,19 +29,20 @@ th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px soli
 """
 
 
-def write_report(study: Study, path: Path) -> None:
-    """Write the page, whatever there is to show."""
+def write_report(study: Study, path: Path, said: str = "") -> None:
+    """Write the page, whatever there is to show. `said`: of the search's outcome, besides."""
     rows = study.rows()
     plots = [_plot(title, draw, first=index == 0) for index, (title, draw) in enumerate(_plots(study))]
     counts = Counter(row["state"] for row in rows)
-    said = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial has ended"
+    ended = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial has ended"
     name = html.escape(study.memory.study_name)
     write_atomically(
         path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Search {name}</title><style>{STYLE}</style></head><body>
 <h1>Search {name}</h1>
-<p>{said}; {study.seconds / 60:.1f} minutes, {study.joules / JOULES_PER_KWH:.2g} kWh ({ESTIMATED}).</p>
+<p>{ended}; {study.seconds / 60:.1f} minutes, {study.joules / JOULES_PER_KWH:.2g} kWh ({ESTIMATED}).</p>
+{f"<p><strong>{html.escape(said)}</strong></p>" if said else ""}
 {"".join(plots)}
 <h2>Trials, best first</h2>
 {_table(rows)}

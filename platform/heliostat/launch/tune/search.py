@@ -9,6 +9,7 @@ from typing import Any
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.energy import ESTIMATED, JOULES_PER_KWH
 from heliostat.launch.batch import run_on_ray
+from heliostat.launch.tune.baseline import compare, try_baseline
 from heliostat.launch.tune.driver import Driver
 from heliostat.launch.tune.report import REPORT_FILE, write_report
 from heliostat.launch.tune.runner import DONE
@@ -27,14 +28,17 @@ from heliostat.recipe import Recipe, override
 from heliostat.tasks import get_task
 
 
-def search(recipe: Recipe, prepared: Prepared, folder: Path, resume: bool = False) -> dict[str, Any]:
+def search(
+    recipe: Recipe, prepared: Prepared, folder: Path, resume: bool = False, with_baseline: bool = False
+) -> dict[str, Any]:
     """Run the recipe's search on the connected cluster; returns `best_recipe`, `best_value`, `metric`, `objectives`,
     `trials` (best first), `pareto`, the budget it was `ended_by`, what it `spent` and the file of its `report`. A trial
     that fails is listed with its error and stops nothing.
 
     `prepared`: the recipe's data; where the space has fields that shape rows, they are prepared for their other values
     before a trial starts. `folder`: the run's; its name is the study's. `resume`: go on with that study, its open
-    trials from their last checkpoints."""
+    trials from their last checkpoints. `with_baseline`: try the task's, where it has one; then there are `baseline`,
+    `winner` and `verdict` besides."""
     import ray
 
     task = get_task(recipe)
@@ -46,13 +50,15 @@ def search(recipe: Recipe, prepared: Prepared, folder: Path, resume: bool = Fals
     study = Study(recipe.tune, goals, recipe.seed, folder.name, folder, resume)
     recipe.save(folder / "recipe.json")
     trials_folder = folder / "trials"
+    baseline = try_baseline(recipe, prepared, folder) if with_baseline else None
     training = Training(recipe, _prepare_all(recipe, prepared), trials_folder, trials_use_gpu(recipe, nodes))
     with Watch(study) as watch:
         ended_by = Driver(study, training, recipe.tune.max_concurrent, watch.ended, watch.reported).run()
     shutil.rmtree(trials_folder, ignore_errors=True)
-    write_report(study, folder / REPORT_FILE)
     trials = study.rows()
     done = [trial for trial in trials if trial["state"] == DONE]
+    compared = compare(baseline, metric, done[0][metric], goals[metric]) if baseline is not None and done else {}
+    write_report(study, folder / REPORT_FILE, compared.get("verdict", ""))
     if not done:
         raise RuntimeError(_why_none(study, trials, ended_by))
     return {
@@ -70,7 +76,7 @@ def search(recipe: Recipe, prepared: Prepared, folder: Path, resume: bool = Fals
             "joules_are": ESTIMATED,
         },
         "report": str(folder / REPORT_FILE),
-    }
+    } | compared
 
 
 def _prepare_all(recipe: Recipe, prepared: Prepared) -> dict[tuple[Any, ...], Prepared]:

@@ -64,10 +64,10 @@ class Watch:
         print(f"{count} ({values}), {evaluations}: {result}", file=sys.stderr, flush=True)
 
 
-def trials_table(trials: list[dict[str, Any]], title: str) -> Table:
-    """`trials`: as the study lists them, at least one."""
+def trials_table(trials: list[dict[str, Any]], title: str, said: str = "") -> Table:
+    """`trials`: as the study lists them, at least one. `said`: below them."""
     heads, rows = columns(trials)
-    table = Table(*heads, title=title)
+    table = Table(*heads, title=title, caption=said or None)
     for row in rows:
         table.add_row(*row)
     return table
