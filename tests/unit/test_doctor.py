@@ -109,8 +109,9 @@ def test_all_that_is_wrong_with_a_recipe_at_once() -> None:
     ]
 
 
-def test_good_files(home: Path) -> None:
-    assert examined(CLUSTER, *map(str, (ROOT / "serve").glob("*.yaml"))) == []
+@pytest.mark.parametrize("cluster", [CLUSTER, "cluster.gcp.yaml", "cluster.local.yaml"])
+def test_good_files(home: Path, cluster: str) -> None:
+    assert examined(cluster, *map(str, (ROOT / "serve").glob("*.yaml"))) == []
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

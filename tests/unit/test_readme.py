@@ -93,10 +93,13 @@ def check(words: list[str]) -> None:
             check(job)
         case ["ray", "up" | "down", file]:
             assert (ROOT / file).is_file()
-        case ["ray", command]:
+        case ["ray", command, *arguments]:
             from ray.scripts.scripts import cli
 
             assert command in cli.commands
+            if arguments:  # a sentence may name the command alone
+                cli.commands[command].make_context(command, arguments)  # raises for what it does not know
+            assert all((ROOT / word).is_file() for word in arguments if word.endswith(".yaml"))
         case ["curl", "-s", address, "-H", "content-type: application/json", "-d", body]:
             url, asked = urlsplit(f"http://{address}"), json.loads(body)
             recipe = find_recipe(asked.get("model", "sentiment"))

@@ -43,6 +43,8 @@ INSTANCES = {
     "p4de.24xlarge": Instance(96, 1152 * GIB, 8, A100_80, None),
     "p5.48xlarge": Instance(192, 2048 * GIB, 8, H100, 55.04),
     "p5en.48xlarge": Instance(192, 2048 * GIB, 8, H200, None),
+    "n2-standard-8": Instance(8, 32 * GIB, 0, 0, None),
+    "g2-standard-48": Instance(48, 192 * GIB, 4, L4, None),
     "a2-highgpu-1g": Instance(12, 85 * GIB, 1, A100, 3.673385),
     "a2-highgpu-2g": Instance(24, 170 * GIB, 2, A100, 7.34677),
     "a2-highgpu-4g": Instance(48, 340 * GIB, 4, A100, 14.69354),
