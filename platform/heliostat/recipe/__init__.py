@@ -34,6 +34,7 @@ from heliostat.recipe.sections import (
     PipelineSchedule,
     Recovery,
     Refused,
+    Rollout,
     Schedule,
     SearchRange,
     Section,
@@ -62,6 +63,7 @@ __all__ = [
     "Recipe",
     "Recovery",
     "Refused",
+    "Rollout",
     "Schedule",
     "SearchRange",
     "Training",
@@ -98,6 +100,7 @@ class Recipe(Section):
     tune: Tune = Tune()
     gate: Gate = Gate()
     deploy: Deploy = Deploy()
+    rollout: Rollout = Rollout()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
