@@ -2,9 +2,10 @@
 
 # Annotations are not postponed here: replicas get some of the classes by value, and FastAPI reads its annotations
 # there, where a name in a string would find nothing.
+import asyncio
 import hashlib
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +70,30 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+class Forwarded:
+    """What deployments of HTTP applications share: they answer requests that a router read for them, too."""
+
+    async def forward(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict[str, Any]]]:
+        """Answer a request: ASGI's messages, those together that are there together. Whoever stops reading has left."""
+        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        request = asyncio.Queue[dict[str, Any]]()  # and no more: a client who leaves is not heard here
+        request.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        answering = asyncio.ensure_future(self(scope, request.get, messages.put))  # type: ignore[operator]
+        answering.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            over = False
+            while not over:
+                found = [await messages.get()]
+                while not messages.empty():
+                    found.append(messages.get_nowait())
+                over = found[-1] is None
+                if there := [message for message in found if message is not None]:
+                    yield there
+            await answering  # which raises what went wrong
+        finally:
+            answering.cancel()
 
 
 def inputs_of(question: Question, settings: Deploy) -> list[Input]:

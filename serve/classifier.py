@@ -22,7 +22,7 @@ import heliostat
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
-from serve.application import Answer, Body, BodyLimit, Health, Input, Question, arguments, inputs_of, scaled
+from serve.application import Answer, Body, BodyLimit, Forwarded, Health, Input, Question, arguments, inputs_of, scaled
 
 
 class Problem(Body):
@@ -65,7 +65,7 @@ def _classifier(settings: Deploy) -> type:
     api = _api(settings)
 
     @serve.ingress(api)
-    class Classifier:
+    class Classifier(Forwarded):
         def __init__(self) -> None:
             self.predictor: Predictor | None = None
             self.version = ""

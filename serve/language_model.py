@@ -22,7 +22,7 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import BodyLimit, Health, Question, arguments, inputs_of, scaled
+from serve.application import BodyLimit, Forwarded, Health, Question, arguments, inputs_of, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -75,7 +75,7 @@ def _language_model(settings: Deploy, name: str) -> type:
     api = _api(settings)
 
     @serve.ingress(api)
-    class LanguageModel:
+    class LanguageModel(Forwarded):
         def __init__(self) -> None:
             self.loaded: Loaded | None = None
 
