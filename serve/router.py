@@ -96,24 +96,32 @@ class Router:
 
     async def __call__(self, request: Request) -> Response:
         asked = await self._read(request)
-        traffic = self.traffic if time.monotonic() - self.heard < LEASE_S else Traffic(0.0)
-        if request.method != "POST":  # pages, and what models there are
+        try:
+            return await self._answer(request.method, asked)
+        except BackPressureError as error:
+            return JSONResponse({"detail": error.message}, 503)
+
+    async def _answer(self, method: str, asked: Asked) -> Response:
+        """Raises BackPressureError where the old version's queue is full."""
+        if method != "POST":  # pages, and what models there are
             return self._respond(await self._stable(asked), None)
+        traffic = self.traffic if time.monotonic() - self.heard < LEASE_S else Traffic(0.0)
         asked.seen.share = traffic.share
         drawn = lot(self.salt, asked.key) if asked.key else random.random()
         if drawn < traffic.share:
-            begun = await self._candidate_else_stable(asked)
-            return self._respond(begun, asked.seen)
+            return self._respond(await self._candidate_else_stable(asked), asked.seen)
         copy = self._copy(asked) if traffic.copied else None
         try:
             begun = await self._stable(asked)
-        except BackPressureError as error:
-            self._keep(asked.seen, Outcome(failed=True))
-            return JSONResponse({"detail": error.message}, 503)
-        asked.seen.stable = begun.outcome
+        except BackPressureError:
+            asked.seen.stable = Outcome(failed=True)
+            self._keep(asked.seen)
+            raise
         if copy is not None:
-            copy.set_result(asked.seen.stable)
+            if not copy.done():  # or it waited too long
+                copy.set_result(begun.outcome)
             return self._respond(begun, None)
+        asked.seen.stable = begun.outcome
         return self._respond(begun, asked.seen)
 
     async def _read(self, request: Request) -> Asked:
@@ -175,19 +183,20 @@ class Router:
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 begun = await _begin(self.candidate, asked)
-                outcome = begun.outcome
+                outcome, refused = begun.outcome, 400 <= begun.status < 500
                 if begun.rest is not None:
                     async for _ in begun.rest:
                         pass
         except FAILURES:
-            outcome = Outcome(failed=True)
+            outcome, refused = Outcome(failed=True), False
         try:
             async with asyncio.timeout(2 * self.settings.timeout_s):
-                asked.seen.stable = await stable
+                answered = await stable
         except TimeoutError:  # the old version failed, or its client left: there is no pair
             return
-        # What the old version refuses, too, is the client's mistake.
-        asked.seen.candidate = outcome
+        if refused:  # which is the client's mistake where the old version refuses, too
+            outcome.failed = not math.isnan(answered.latency_s)
+        asked.seen.stable, asked.seen.candidate = answered, outcome
         self._keep(asked.seen)
 
     def _respond(self, begun: Begun, seen: Seen | None) -> Response:
@@ -217,9 +226,7 @@ class Router:
             if seen is not None:
                 self._keep(seen)
 
-    def _keep(self, seen: Seen, stable: Outcome | None = None) -> None:
-        if stable is not None:
-            seen.stable = stable
+    def _keep(self, seen: Seen) -> None:
         if len(self.seen) < MAX_SEEN:  # where nobody asks, there is an end to it
             self.seen.append(seen)
 
