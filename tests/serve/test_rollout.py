@@ -170,6 +170,30 @@ def test_a_bad_canary_is_rolled_back(recipe: Recipe, load: Load, task: str) -> N
     assert load.versions
 
 
+def test_a_shadow_answers_nobody(recipe: Recipe, load: Load) -> None:
+    """It would fail every third request."""
+    bad = trained(recipe, "Shadow", task="tests.versions:Failing", **{"schedule.max_steps": 3})
+    result = rollout(recipe, bad, "shadow")
+    assert result["decision"] == "rolled_back", result
+    assert result["evidence"]["answers"]["candidate"] == result["evidence"]["answers"]["stable"] > 0
+    load.over.set()
+    assert set(load.versions) == {str(result["from"])}
+
+
+def test_blue_green_switches_back(recipe: Recipe, load: Load) -> None:
+    """Nothing fails and nothing is late, but what was never trained is seldom right."""
+    unfit = trained(recipe, "unfit", **{"schedule.max_steps": 1, "optimizer.lr": 1e-9, "seed": 5})
+    judged = override(recipe, {"rollout.judge": "tests.versions:right", "rollout.quality_drop": 0.3})
+    result = rollout(judged, unfit, "blue_green")
+    assert result["decision"] == "rolled_back", result
+    assert result["evidence"]["quality"]["verdict"] == "harm"
+    load.over.set()
+    time.sleep(1)
+    served = [each.json()["version"] for each in load.answers]
+    assert set(load.versions) == {str(result["from"]), str(result["version"])}
+    assert served[-1] == str(result["from"])
+
+
 def test_what_cannot_be_rolled_out_is_refused(recipe: Recipe, first: Bundle, good: Bundle) -> None:
     with pytest.raises(Refused, match="has no champion to compare with"):
         rollout(override(recipe, {"name": "another"}), good, "canary")
