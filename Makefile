@@ -40,6 +40,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench.launch_overhead
 	$(BIN)/python -m bench.tune_overhead
 	$(BIN)/python -m bench.serve_overhead
+	$(BIN)/python -m bench.serve_llm
 
 # Ends what `--keep` left running.
 stop: $(VENV)/ready

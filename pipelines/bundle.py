@@ -6,7 +6,7 @@ from typing import Any
 from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model, processor_facts
 from heliostat.recipe import Refused
-from heliostat.tasks import get_task
+from heliostat.tasks import Task, get_task
 from pipelines.job import Job, main
 
 
@@ -15,6 +15,8 @@ def run(job: Job) -> dict[str, Any]:
     if not (model.name and model.pretrained):
         raise Refused("model.name", "the recipe starts from no pre-trained model", command)
     task = get_task(job.recipe)
+    if type(task).fit is not Task.fit:
+        raise Refused("task", f"{job.recipe.task} learns from training rows what it predicts", command)
     processor = task.processor()
     task = get_task(job.recipe, processor_facts(processor))
     built = build_model(task)

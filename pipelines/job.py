@@ -1,12 +1,9 @@
-"""What every job does: read the recipe and its overrides, refuse early, keep stdout for one JSON line, and write the
-same object to the run's folder."""
+"""What every job with a recipe does: read it and its overrides, refuse early, and answer."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import os
 import re
 import sys
@@ -19,22 +16,10 @@ from typing import Annotated, Any
 import tyro
 from pydantic import ValidationError
 
-from heliostat.recipe import (
-    Model,
-    Recipe,
-    Refused,
-    build,
-    field_paths,
-    load,
-    nearest,
-    refusal,
-    sections,
-    write_atomically,
-)
-from heliostat.tasks import load_object
-from pipelines.recipes import BUILT_IN
-
-EXIT_CODES = {"failed": 1, "different": 1, "refused": 2, "interrupted": 130}
+from heliostat.launch.tune import STUDY_FILE
+from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, refusal, sections
+from pipelines.answer import answer
+from pipelines.recipes import BUILT_IN, find_recipe
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,8 @@ class Options:
     strategy: str = "canary"
     """rollout: `shadow` (it gets copies, and answers nobody), `canary` (a growing share of the requests), or
     `blue_green` (all of them at once)."""
+    auto: bool = False
+    """tune: search a ready-made space for the recipe's task, beside what `tune.space` says."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
 
@@ -80,27 +67,6 @@ class Job:
     recipe: Recipe
     options: Options
     run_dir: Path
-
-
-def find_recipe(name: str) -> Recipe:
-    """A built-in recipe's name, a recipe's or a Hugging Face configuration's JSON file, or `module:function`."""
-    if name.endswith(".json"):
-        path = Path(name).expanduser().absolute()
-        if path.is_file() and '"model_type"' in path.read_text() and '"task"' not in path.read_text():
-            # A Hugging Face configuration: a language model of its architecture.
-            model = Model(name=str(path.parent if path.name == "config.json" else path), pretrained=False)
-            return Recipe(name=path.parent.name or "model", task="language_model", model=model)
-        return load(path)
-    where = BUILT_IN.get(name, name)
-    if ":" not in where:
-        raise Refused(
-            "recipe", f"no recipe {name!r}", nearest(name, list(BUILT_IN)) or f"there are: {', '.join(BUILT_IN)}"
-        )
-    sys.path.insert(0, os.getcwd())  # a recipe of the user's own lies where the job was started
-    recipe = load_object(where, "recipe")()
-    if not isinstance(recipe, Recipe):
-        raise Refused("recipe", f"{name} returned {type(recipe).__name__}, not a Recipe")
-    return recipe
 
 
 def _json_field() -> tyro.constructors.ConstructorRegistry:
@@ -141,10 +107,12 @@ def parse(words: list[str]) -> tuple[Recipe, Options]:
         raise Refused(
             "recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function"
         )
-    names = field_paths() + [option.name for option in dataclasses.fields(Options)]
+    options = dataclasses.fields(Options)
+    names = field_paths() + [option.name for option in options]
+    others = ["help", *(f"no_{option.name}" for option in options if option.type == "bool")]
     for word in words:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name not in names and name not in ("help", "no_keep", "no_fresh", "no_full"):
+        if word.startswith("--") and name not in (*names, *others):
             raise Refused(name, "no such field in a recipe", nearest(name, names))
 
     def refuse(event: Any) -> None:
@@ -178,34 +146,15 @@ def _refusal(event: Any) -> Refused:
 
 def main(name: str, body: Callable[[Job], dict[str, Any]], words: list[str] | None = None) -> int:
     """Run a job; returns its exit code: 0 done, 1 failure, 2 refused input, 130 interrupted."""
-    started = time.time()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    with _json_stdout() as answer:
-        run_dir: Path | None = None
-        try:
-            recipe, options = parse(sys.argv[1:] if words is None else words)
-            run_dir = _run_dir(name, recipe, options)
-            job = Job(name, recipe, options, run_dir)
-            result = body(job)
-            code = EXIT_CODES.get(result.get("status", "done"), 0)
-        except Refused as error:
-            result = {"status": "refused", "field": error.field, "reason": error.reason, "suggestion": error.suggestion}
-            print(f"refused: {error}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            result, code = {"status": "interrupted"}, 130
-        except Exception as error:
-            logging.getLogger("heliostat").exception("%s failed", name)
-            result, code = {"status": "failed", "error": f"{type(error).__name__}: {error}"}, 1
-        whole: dict[str, Any] = {"job": name, "status": "done"}
-        if run_dir is not None and run_dir.is_dir():
-            whole |= {"run_dir": str(run_dir), "result": str(run_dir / "result.json")}
-        whole |= {"seconds": round(time.time() - started, 3), "metrics": {}} | result
-        text = json.dumps(whole)
-        if "result" in whole:
-            write_atomically(Path(whole["result"]), text + "\n")
-        answer(text)
-    return code
+    run_dir: Path | None = None
+
+    def run() -> dict[str, Any]:
+        nonlocal run_dir
+        recipe, options = parse(sys.argv[1:] if words is None else words)
+        run_dir = _run_dir(name, recipe, options)
+        return body(Job(name, recipe, options, run_dir))
+
+    return answer(name, run, lambda: run_dir)
 
 
 def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
@@ -233,27 +182,9 @@ def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:
 
 def _resumable(path: Path) -> bool:
     """Whether a run's folder has checkpoints or a search's study, or says that they are elsewhere."""
-    if (path / "checkpoints").is_dir() or (path / "study.db").is_file():
+    if (path / "checkpoints").is_dir() or (path / STUDY_FILE).is_file():
         return True
     if not (path / "recipe.json").is_file():
         return False
     recipe = load(path / "recipe.json")
     return bool(recipe.checkpoint.storage or recipe.tune.storage)
-
-
-@contextlib.contextmanager
-def _json_stdout() -> Any:
-    """Everything that is printed goes to stderr; the function given back writes to the real stdout."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-
-    def answer(text: str) -> None:
-        os.write(kept, (text + "\n").encode())
-
-    try:
-        yield answer
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)

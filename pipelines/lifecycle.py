@@ -15,8 +15,9 @@ from heliostat.evaluate import gain
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
 from heliostat.launch.train import fit
+from heliostat.launch.tune import STUDY_FILE
 from heliostat.launch.tune.search import search
-from heliostat.launch.tune.study import STUDY_FILE
+from heliostat.launch.tune.space import row_settings
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Recipe, build, override, write_atomically
 from heliostat.registry import champion, promote, register
@@ -84,8 +85,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def do_tune() -> dict[str, Any]:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        rows = kept[0].meta["rows"]["train"]
-        return search(recipe, kept[0].folder, rows, job.run_dir, resume=(job.run_dir / STUDY_FILE).exists())
+        return search(recipe, kept[0], job.run_dir, resume=(job.run_dir / STUDY_FILE).exists())
 
     def do_train() -> dict[str, Any]:
         outcome = fit(best, kept[0].folder, job.run_dir)
@@ -105,6 +105,9 @@ def run(job: Job) -> dict[str, Any]:
         best = recipe
         if recipe.tune.space:
             best = build(stages("tune", do_tune, f"{inputs}-{recipe.digest()}")["best_recipe"])
+            if row_settings(best) != row_settings(recipe):
+                kept[0], _ = prepare(best, run_on_ray)  # as they were for the trial
+                inputs = kept[0].fingerprint
         trained = stages(
             "train",
             do_train,

@@ -36,15 +36,19 @@ def decide(schedule: Schedule, versions: Split, judge: Judge | None, max_s: floa
 
 
 def check(recipe: Recipe, to: bundles.Bundle, strategy: str) -> tuple[Version, Schedule, Judge | None]:
-    """The champion, and what decides whether `to` takes over from it. Raises Refused where there is no champion, or it
-    is `to`."""
+    """The champion, and what decides whether `to` takes over from it. Raises Refused where there is no champion, it is
+    `to`, or it is of another kind."""
     chosen = parse_strategy(strategy)
     stable = champion(recipe)
     if stable is None:
         command = f"python -m pipelines.register {recipe.name}"
         raise Refused("to", f"{recipe.name} has no champion to compare with", command)
-    if bundles.read(stable.path, verify_files=False).digest == to.digest:
+    now = bundles.read(stable.path, verify_files=False)
+    if now.digest == to.digest:
         raise Refused("to", f"{to.path} is the champion, version {stable.version}", "name another bundle")
+    before, after = (each.task().model_class for each in (now, to))
+    if before != after:
+        raise Refused("to", f"the champion is an {before}, {to.path} an {after}", "deploy it under another name")
     judge = load_object(recipe.rollout.judge, "rollout.judge") if recipe.rollout.judge else None
     return stable, Schedule(recipe.rollout, chosen, judged=judge is not None), judge
 
@@ -56,14 +60,14 @@ def rollout(recipe: Recipe, to: bundles.Bundle, strategy: str) -> dict[str, Any]
     candidate = register(recipe, to, None)
     served = [Served(each.path, str(each.version)) for each in (stable, candidate)]
     with split(recipe, *served) as versions:
+        print(f"version {candidate.version} beside {stable.version} at {versions.endpoint}", flush=True)
         decide(schedule, versions, judge, recipe.rollout.max_s)
+        evidence = schedule.evidence()
+        tags = {"decision": str(schedule.decision), "strategy": strategy, "evidence": json.dumps(evidence)}
+        tag(recipe, candidate, {f"rollout.{name}": value for name, value in tags.items()})
         if schedule.decision == "promoted":
+            promote(recipe, candidate)
             versions.winner = versions.candidate
-    evidence = schedule.evidence()
-    tags = {"decision": str(schedule.decision), "strategy": strategy, "evidence": json.dumps(evidence)}
-    tag(recipe, candidate, {f"rollout.{name}": value for name, value in tags.items()})
-    if schedule.decision == "promoted":
-        promote(recipe, candidate)
     return {
         "decision": schedule.decision,
         "strategy": strategy,

@@ -1,5 +1,6 @@
-"""`python -m pipelines.tune RECIPE`: search the recipe's space; the winner is a recipe for pipelines.train."""
+"""`python -m pipelines.tune RECIPE [--auto]`: search the recipe's space; the winner is a recipe for pipelines.train."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -8,10 +9,12 @@ from rich.console import Console
 from heliostat.data.prepare import prepare
 from heliostat.hardware import this_machine
 from heliostat.launch.batch import run_on_ray
-from heliostat.launch.cluster import connect, logical_cpus, starts_here
+from heliostat.launch.cluster import connect, starts_here
+from heliostat.launch.tune.auto import with_auto_space
 from heliostat.launch.tune.search import search
 from heliostat.launch.tune.space import check_space, trials_at_once
 from heliostat.launch.tune.watch import trials_table
+from heliostat.placement import logical_cpus
 from heliostat.recipe import build
 from heliostat.tasks import get_task
 from heliostat.tracking import log_run, log_trials
@@ -19,13 +22,13 @@ from pipelines.job import Job, main
 
 
 def run(job: Job) -> dict[str, Any]:
+    if job.options.auto:
+        job = dataclasses.replace(job, recipe=with_auto_space(job.recipe, get_task(job.recipe)))
     check_search(job)
     with connect(job.recipe, job.options.address):
         prepared, _ = prepare(job.recipe, run_on_ray)
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        found = search(
-            job.recipe, prepared.folder, prepared.meta["rows"]["train"], job.run_dir, resume=bool(job.options.resume)
-        )
+        found = search(job.recipe, prepared, job.run_dir, resume=bool(job.options.resume))
     best = job.run_dir / "best_recipe.json"
     build(found["best_recipe"]).save(best)
     search_id = log_run(job.recipe, job.run_dir, metrics={"best_value": found["best_value"]})

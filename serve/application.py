@@ -4,21 +4,30 @@
 # there, where a name in a string would find nothing.
 import asyncio
 import hashlib
-import socket
+import json
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve import metrics
 from ray.serve.context import _get_global_client
 
 import heliostat
+from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Deploy, Refused, nearest
 
 Input = dict[str, Any]
+LATENCIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+"""Upper bounds of what a histogram counts."""
+PAGE = Path(__file__).with_name("page.html")
+ARGUMENTS = ("bundle", "version")
+"""What `build` of an application takes."""
 
 
 class Body(BaseModel):
@@ -70,6 +79,71 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+class Measured:
+    """What Ray exports to Prometheus of the requests of some paths, each name with `ray_` before it. It is made in the
+    replica, with the first request."""
+
+    def __init__(self, app: Any, paths: tuple[str, ...]) -> None:
+        self.app, self.paths = app, paths
+        self.requests = metrics.Counter(
+            "heliostat_serve_requests", "Requests by outcome: answered, refused (4xx), failed", ("outcome",)
+        )
+        self.latency = metrics.Histogram("heliostat_serve_latency_s", "Of requests that were answered", LATENCIES_S)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith(self.paths):
+            await self.app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 500  # which an exception becomes
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            outcome = "answered" if status < 400 else "refused" if status < 500 else "failed"
+            self.requests.inc(1, {"outcome": outcome})
+            if outcome == "answered":
+                self.latency.observe(time.perf_counter() - begun)
+
+
+class Replica:
+    """Says in every answer which replica made it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.header = (b"x-replica", serve.get_replica_context().replica_id.unique_id.encode())
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
+        async def named(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], self.header]}
+            await send(message)
+
+        await self.app(scope, receive, named)
+
+
+def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
+    """An application with what all of them have around their routes. `paths`: those whose requests are measured."""
+    api = FastAPI(title="Heliostat", version=heliostat.__version__)
+    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    api.add_middleware(Measured, paths=paths)  # around the other
+    api.add_middleware(Replica)
+    return api
+
+
+def page(kind: Literal["text", "image", "chat", "completion"], model: str) -> HTMLResponse:
+    """A page to try a model on: `kind` is what one gives it."""
+    settings = json.dumps({"kind": kind, "model": model}).replace("<", "\\u003c")
+    text = PAGE.read_text(encoding="utf-8").replace("/*settings*/null", settings)
+    # It loads nothing: all it needs is written in it.
+    policy = "default-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    return HTMLResponse(text, headers={"content-security-policy": policy})
 
 
 class Forwarded:
@@ -131,8 +205,8 @@ def arguments(args: dict[str, Any]) -> tuple[Path, str, Deploy]:
     """Bundle, version and settings from the `args` of a file for `serve deploy`: `bundle`, a path that every node sees,
     and `version`. The settings are those of the bundle's recipe. Raises Refused for other arguments."""
     for name in args:
-        if name not in ("bundle", "version"):
-            raise Refused(f"args.{name}", "no such argument", nearest(name, ["bundle", "version"]))
+        if name not in ARGUMENTS:
+            raise Refused(f"args.{name}", "no such argument", nearest(name, list(ARGUMENTS)))
     if "bundle" not in args:
         raise Refused("args.bundle", "no bundle is named", "name the folder that training wrote")
     path = Path(args["bundle"]).expanduser()
@@ -171,13 +245,7 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do no harm
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise Refused(
-                "deploy.port",
-                f"{host}:{port} cannot be used: {error.strerror}",
-                "stop what listens there, or choose another port",
-            ) from error
+    if reason := cannot_listen(host, port):
+        raise Refused(
+            "deploy.port", f"{host}:{port} cannot be used: {reason}", "stop what listens there, or choose another port"
+        )

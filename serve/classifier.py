@@ -15,14 +15,29 @@ from typing import Any
 import pyarrow as pa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
+from ray.serve import metrics
 
-import heliostat
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
-from serve.application import Answer, Body, BodyLimit, Forwarded, Health, Input, Question, arguments, inputs_of, scaled
+from serve.application import (
+    Answer,
+    Body,
+    Forwarded,
+    Health,
+    Input,
+    Question,
+    arguments,
+    http,
+    inputs_of,
+    page,
+    scaled,
+)
+
+BATCH_SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+"""Upper bounds of what a histogram counts."""
 
 
 class Problem(Body):
@@ -46,8 +61,7 @@ async def _malformed(request: Request, error: Exception) -> JSONResponse:
 
 
 def _api(settings: Deploy) -> FastAPI:
-    api = FastAPI(title="Heliostat", version=heliostat.__version__)
-    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    api = http(settings, ("/predict",))
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(RequestValidationError, _malformed)
     return api
@@ -70,6 +84,8 @@ def _classifier(settings: Deploy) -> type:
             self.predictor: Predictor | None = None
             self.version = ""
             self.ongoing = 0
+            self.queue = metrics.Gauge("heliostat_serve_queue", "Requests that a replica has begun and not answered")
+            self.batch_size = metrics.Histogram("heliostat_serve_batch_size", "Inputs of a forward pass", BATCH_SIZES)
             # One: models and tokenizers are not for sharing, and a second would only contend for processors.
             self.thread = ThreadPoolExecutor(1, "predict")
 
@@ -90,15 +106,20 @@ def _classifier(settings: Deploy) -> type:
             predictor, version = self.predictor, self.version
             assert predictor is not None
             self.ongoing += 1
+            self.queue.set(self.ongoing)
             try:
                 predictions = await self._answers(predictor, inputs)
             finally:
                 self.ongoing -= 1
+                self.queue.set(self.ongoing)
             return Answer(predictions=predictions, bundle=predictor.bundle.digest[:12], version=version)
 
         async def _answers(self, predictor: Predictor, inputs: list[Input]) -> list[dict[str, Any]]:
             if self.ongoing == 1 and len(inputs) <= settings.max_batch_size:
-                return await self._in_thread(predictor.predict, inputs)  # alone: no wait for others to share a batch
+                # Alone: no wait for others to share a batch.
+                predictions: list[dict[str, Any]] = await self._in_thread(predictor.predict, inputs)
+                self.batch_size.observe(len(inputs))
+                return predictions
             # Prepared before they are batched: a refusal names the input by its place in its own request, and
             # touches no other request.
             table = await self._in_thread(predictor.rows, inputs)
@@ -111,9 +132,16 @@ def _classifier(settings: Deploy) -> type:
                 places = [i for i, (each, _) in enumerate(rows) if each is predictor]
                 table = pa.concat_tables([rows[i][1] for i in places])
                 found = await self._in_thread(predictor.predict_rows, table)
+                self.batch_size.observe(len(places))
                 for i, prediction in zip(places, found, strict=True):
                     predictions[i] = prediction
             return predictions
+
+        @api.get("/", include_in_schema=False)
+        async def try_it(self) -> HTMLResponse:
+            assert self.predictor is not None
+            kind = "image" if "image" in self.predictor.task.example() else "text"
+            return page(kind, self.predictor.bundle.recipe.name)
 
         @api.get("/healthz")
         async def healthz(self) -> Health:

@@ -16,13 +16,12 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 
-import heliostat
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import BodyLimit, Forwarded, Health, Question, arguments, inputs_of, scaled
+from serve.application import Forwarded, Health, Question, arguments, http, inputs_of, page, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -63,8 +62,7 @@ class Loaded:
 
 
 def _api(settings: Deploy) -> FastAPI:
-    api = FastAPI(title="Heliostat", version=heliostat.__version__)
-    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    api = http(settings, ("/predict", "/v1/completions", "/v1/chat/completions"))
     for kind in HANDLED:
         api.add_exception_handler(kind, problem_response)
     return api
@@ -91,6 +89,11 @@ def _language_model(settings: Deploy, name: str) -> type:
             """Serve replaces a replica where this raises."""
             if self.loaded is not None:
                 self.loaded.engine.check()
+
+        @api.get("/", include_in_schema=False)
+        async def try_it(self) -> Response:
+            assert self.loaded is not None
+            return page("chat" if self.loaded.engine.tokenizer.chat_template else "completion", name)
 
         @api.get("/v1/models")
         async def models(self) -> dict[str, Any]:

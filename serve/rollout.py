@@ -17,6 +17,7 @@ import ray
 from ray import serve
 from ray.serve._private.build_app import build_app
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from heliostat.recipe import Recipe
 from heliostat.rollout.outcomes import Seen
@@ -47,22 +48,24 @@ class Split:
         self.applications = {
             each: application(each.bundle, each.version, recipe.deploy) for each in (stable, candidate)
         }
-        self.salt, self.routed = uuid.uuid4().hex[:12], False
+        self.salt, self.routed, self.endpoint = uuid.uuid4().hex[:12], False, ""
 
-    def begin(self) -> str:
-        """Both versions run, and every request goes through the router to the stable one. Returns the endpoint."""
-        endpoint = deploy(self.stable.bundle, self.stable.version, self.recipe.deploy, self.name)
+    def begin(self) -> None:
+        """Both versions run, and every request goes through the router to the stable one."""
+        self.endpoint = deploy(self.stable.bundle, self.stable.version, self.recipe.deploy, self.name)
         serve.run(self.applications[self.candidate], name=self.beside, route_prefix=None, blocking=False)
         self._route(self.stable, through_router=False)  # so that the router is there when it is needed
         self.routed = True
         self._route(self.stable, through_router=True)
-        return endpoint
 
     def exchange(self, traffic: Traffic) -> list[Seen]:
-        """Tell the routers the shares; returns what they saw since the last time."""
+        """Tell the routers the shares; returns what they saw since the last time. A router that has just died is
+        replaced, and sends everything to the stable version until it is told: what it saw is lost."""
         answers = serve.get_deployment_handle(ROUTER, self.name).broadcast("exchange", traffic)
-        # A router that has just died is replaced; what it saw is lost, and nobody's answer is.
-        found = answers.results(timeout_s=30, return_exceptions=True)
+        try:
+            found = answers.results(timeout_s=30, return_exceptions=True)
+        except DeploymentUnavailableError:  # no router lives just now
+            return []
         return [seen for each in found if isinstance(each, list) for seen in each]
 
     def end(self) -> None:

@@ -6,11 +6,12 @@ became of it until it is asked. Nobody waits for the new version's failures: the
 
 import asyncio
 import contextvars
+import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -18,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from heliostat.recipe import Recipe
 from heliostat.rollout.outcomes import Outcome, Seen
@@ -31,11 +32,12 @@ SCOPE = (
 """What of a request is forwarded beside its body."""
 LEASE_S = 60.0
 """A router that has not been told the shares for so long sends everything to the old version: nobody watches."""
-ATTEMPTS = 4
-"""How often the old version is asked where the replica that was busy with the request died."""
+AGAIN_S = (0.1, 0.2, 0.4)
+"""When the old version is asked again, where the replica that was busy with the request died."""
 MAX_COPIES = 64
 """On their way to the new version. What comes meanwhile is not copied, so that a slow version heaps nothing up."""
 MAX_SEEN = 100_000
+JSON = [(b"content-type", b"application/json")]
 
 
 class NoAnswerError(RayServeException):
@@ -59,8 +61,9 @@ class Begun:
 
     @property
     def outcome(self) -> Outcome:
+        refused = 400 <= self.status < 500
         latency_s = self.latency_s if self.status < 400 else math.nan
-        return Outcome(self.status >= 500, latency_s, self.first if self.rest is None else b"")
+        return Outcome(self.status >= 500, refused, latency_s, self.first if self.rest is None else b"")
 
     def drop(self) -> None:
         if self.rest is not None:
@@ -74,7 +77,6 @@ class Asked:
     scope: dict[str, Any]
     body: bytes
     key: str
-    seen: Seen = field(default_factory=lambda: Seen(0.0))
 
 
 class Router:
@@ -86,7 +88,7 @@ class Router:
         self.candidate = serve.get_deployment_handle(*candidate).options(method_name="forward", stream=True)
         self.salt, self.traffic, self.heard = salt, Traffic(0.0), time.monotonic()
         self.seen: list[Seen] = []
-        self.copies: set[asyncio.Task[None]] = set()
+        self.copies: set[asyncio.Task[Outcome]] = set()
 
     async def exchange(self, traffic: Traffic) -> list[Seen]:
         """Send traffic so from now on; returns what was seen since the last time."""
@@ -96,33 +98,27 @@ class Router:
 
     async def __call__(self, request: Request) -> Response:
         asked = await self._read(request)
-        try:
-            return await self._answer(request.method, asked)
-        except BackPressureError as error:
-            return JSONResponse({"detail": error.message}, 503)
-
-    async def _answer(self, method: str, asked: Asked) -> Response:
-        """Raises BackPressureError where the old version's queue is full."""
-        if method != "POST":  # pages, and what models there are
-            return self._respond(await self._stable(asked), None)
+        if request.method != "POST":  # pages, and what models there are
+            return self._respond(await self._stable(asked))
         traffic = self.traffic if time.monotonic() - self.heard < LEASE_S else Traffic(0.0)
-        asked.seen.share = traffic.share
+        seen = Seen(traffic.share, key=_number(asked.key), body=asked.body if self.settings.judge else b"")
         drawn = lot(self.salt, asked.key) if asked.key else random.random()
         if drawn < traffic.share:
-            return self._respond(await self._candidate_else_stable(asked), asked.seen)
+            return await self._candidate_else_stable(asked, seen)
         copy = self._copy(asked) if traffic.copied else None
-        try:
-            begun = await self._stable(asked)
-        except BackPressureError:
-            asked.seen.stable = Outcome(failed=True)
-            self._keep(asked.seen)
-            raise
-        if copy is not None:
-            if not copy.done():  # or it waited too long
-                copy.set_result(begun.outcome)
-            return self._respond(begun, None)
-        asked.seen.stable = begun.outcome
-        return self._respond(begun, asked.seen)
+
+        def over(stable: Outcome) -> None:
+            seen.stable = stable
+            if copy is None:
+                self._keep(seen)
+            else:
+                copy.add_done_callback(both_over)
+
+        def both_over(copy: "asyncio.Task[Outcome]") -> None:
+            seen.candidate = copy.result().beside(seen.stable)
+            self._keep(seen)
+
+        return self._respond(await self._stable(asked), over)
 
     async def _read(self, request: Request) -> Asked:
         """The body is read as far as its limit and a bit: the version that gets it refuses it in its own words."""
@@ -132,103 +128,94 @@ class Router:
             length += len(part)
             if length > self.max_body_bytes:
                 break
-        body = b"".join(parts)
-        key = request.headers.get(self.settings.key_header, "")
-        asked = Asked({name: request.scope[name] for name in SCOPE if name in request.scope}, body, key)
-        if self.settings.judge:
-            asked.seen.body = body
-        if key:
-            asked.seen.key = 1 + int(lot("", key) * 2**53)
-        return asked
+        scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
+        return Asked(scope, b"".join(parts), request.headers.get(self.settings.key_header, ""))
 
     async def _stable(self, asked: Asked) -> Begun:
-        for attempt in range(ATTEMPTS):
+        """Asks again where a replica died with the request. A full queue is status 503, as it is without a router."""
+        for wait_s in (*AGAIN_S, None):
             try:
                 return await _begin(self.stable, asked)
+            except BackPressureError as error:
+                return Begun(503, JSON, math.nan, json.dumps({"detail": error.message}).encode(), None)
             except RayActorError:
-                if attempt + 1 == ATTEMPTS:
+                if wait_s is None:
                     raise
-                await asyncio.sleep(0.1 * 2**attempt)
+                await asyncio.sleep(wait_s)
         raise AssertionError
 
-    async def _candidate_else_stable(self, asked: Asked) -> Begun:
-        """The old version answers what the new one fails to, and decides whether what that refuses is wrong."""
-        refused = False
+    async def _candidate_else_stable(self, asked: Asked, seen: Seen) -> Response:
+        """The old version answers what the new one fails to, or refuses."""
+
+        def over(candidate: Outcome) -> None:
+            seen.candidate = candidate
+            self._keep(seen)
+
+        outcome = Outcome(failed=True)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 begun = await _begin(self.candidate, asked)
             if begun.status < 400:
-                asked.seen.candidate = begun.outcome
-                return begun
-            refused = begun.status < 500
+                return self._respond(begun, over)
+            outcome = begun.outcome
             begun.drop()
         except FAILURES:
             pass
         begun = await self._stable(asked)
-        asked.seen.candidate = Outcome(failed=not refused or begun.status < 400)
-        return begun
+        over(outcome.beside(begun.outcome))
+        return self._respond(begun)
 
-    def _copy(self, asked: Asked) -> "asyncio.Future[Outcome] | None":
-        """Ask the new version, too; the future is to be told what the old one answered."""
+    def _copy(self, asked: Asked) -> "asyncio.Task[Outcome] | None":
+        """Ask the new version, too."""
         if len(self.copies) >= MAX_COPIES:
             return None
-        stable: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         # In a context of its own: the copy is no part of the request, and does not end with it.
-        task = asyncio.create_task(self._compare(asked, stable), context=contextvars.Context())
+        task = asyncio.create_task(self._copied(asked), context=contextvars.Context())
         self.copies.add(task)
         task.add_done_callback(self.copies.discard)
-        return stable
+        return task
 
-    async def _compare(self, asked: Asked, stable: "asyncio.Future[Outcome]") -> None:
+    async def _copied(self, asked: Asked) -> Outcome:
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 begun = await _begin(self.candidate, asked)
-                outcome, refused = begun.outcome, 400 <= begun.status < 500
-                if begun.rest is not None:
-                    async for _ in begun.rest:
-                        pass
+            if begun.rest is not None:
+                async for _ in begun.rest:
+                    pass
         except FAILURES:
-            outcome, refused = Outcome(failed=True), False
-        try:
-            async with asyncio.timeout(2 * self.settings.timeout_s):
-                answered = await stable
-        except TimeoutError:  # the old version failed, or its client left: there is no pair
-            return
-        if refused:  # which is the client's mistake where the old version refuses, too
-            outcome.failed = not math.isnan(answered.latency_s)
-        asked.seen.stable, asked.seen.candidate = answered, outcome
-        self._keep(asked.seen)
+            return Outcome(failed=True)
+        return begun.outcome
 
-    def _respond(self, begun: Begun, seen: Seen | None) -> Response:
-        if begun.rest is None:
-            response = Response(begun.first, begun.status)
-            if seen is not None:
-                self._keep(seen)
+    def _respond(self, begun: Begun, over: Callable[[Outcome], None] | None = None) -> Response:
+        """`over` is told what became of the answer."""
+        if begun.rest is not None:
+            response: Response = StreamingResponse(_all(begun, over), begun.status)
         else:
-            response = StreamingResponse(self._rest(begun, seen), begun.status)
+            response = Response(begun.first, begun.status)
+            if over is not None:
+                over(begun.outcome)
         response.raw_headers = begun.headers
         return response
-
-    async def _rest(self, begun: Begun, seen: Seen | None) -> AsyncIterator[bytes]:
-        try:
-            yield begun.first
-            async for messages in begun.rest:
-                for message in messages:
-                    yield message.get("body", b"")
-        except FAILURES:
-            if seen is not None:
-                answered = seen.candidate or seen.stable
-                assert answered is not None
-                answered.failed = True
-            raise
-        finally:
-            begun.drop()
-            if seen is not None:
-                self._keep(seen)
 
     def _keep(self, seen: Seen) -> None:
         if len(self.seen) < MAX_SEEN:  # where nobody asks, there is an end to it
             self.seen.append(seen)
+
+
+async def _all(begun: Begun, over: Callable[[Outcome], None] | None) -> AsyncIterator[bytes]:
+    outcome = begun.outcome
+    try:
+        yield begun.first
+        async for messages in begun.rest:
+            for message in messages:
+                yield message.get("body", b"")
+    except FAILURES:
+        outcome.failed = True
+        raise
+    finally:
+        begun.drop()
+        if over is not None:
+            over(outcome)
 
 
 async def _begin(version: DeploymentHandle, asked: Asked) -> Begun:
@@ -251,3 +238,7 @@ async def _begin(version: DeploymentHandle, asked: Asked) -> Begun:
         rest.cancel()
         raise
     raise NoAnswerError
+
+
+def _number(key: str) -> int:
+    return 1 + int(lot("", key) * 2**53) if key else 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 
 from heliostat.models import bundle as bundles
-from heliostat.models.load import processor_facts, train_tokenizer
-from heliostat.recipe import Recipe
+from heliostat.models.load import build_model, processor_facts, train_tokenizer
+from heliostat.recipe import Recipe, build, override
 from heliostat.tasks import get_task
-from tests.recipes import WORDS, tiny_llama
+from tests.recipes import TINY_RESNET, WORDS, tiny_llama
 
 TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}Call: <tool_call>{}</tool_call>"
@@ -30,21 +31,60 @@ def chat_bundle(folder: Path, seed: int = 0) -> Path:
     tokenizer = train_tokenizer(texts * 5, 320)
     tokenizer.add_special_tokens({"additional_special_tokens": FILL_IN, "eos_token": "<|end|>"})
     tokenizer.chat_template = TEMPLATE
-    recipe = tiny_llama(
-        folder,
-        **{
-            "model.config.max_position_embeddings": 1024,
-            "model.config.initializer_range": 0.3,  # so that the likeliest token is so by far
-            "deploy.cache_tokens": 8192,
-        },
+    recipe = tiny_llama(folder)
+    # So that the likeliest token is so by far.
+    config = {**recipe.model.config, "max_position_embeddings": 1024, "initializer_range": 0.3}
+    recipe = override(recipe, {"model.config": config, "deploy.cache_tokens": 8192, "seed": seed})
+    return write(folder / f"bundle-{seed}", recipe, tokenizer, processor_facts(tokenizer))
+
+
+def image_bundle(folder: Path) -> Path:
+    """A classifier of images that was never trained."""
+    recipe = build(
+        {
+            "name": "tiny-images",
+            "task": "image_classification",
+            "data": {"train": "packaged:digits/all"},
+            "model": {"config": TINY_RESNET},
+        }
     )
-    return write(folder / f"bundle-{seed}", recipe, tokenizer, seed)
+    facts = {"labels": ["dark", "bright"], "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
+    return write(folder / "images", recipe, None, facts)
 
 
-def write(path: Path, recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerFast, seed: int) -> Path:
-    from heliostat.models.load import build_model
-
-    task = get_task(recipe, processor_facts(tokenizer))
-    torch.manual_seed(seed)
+def write(path: Path, recipe: Recipe, processor: Any, facts: dict[str, Any]) -> Path:
+    task = get_task(recipe, facts)
     state = build_model(task).state_dict()
-    return bundles.write(path, task, state, tokenizer, data={}, metrics={}, lineage={}).path
+    return bundles.write(path, task, state, processor, data={}, metrics={}, lineage={}).path
+
+
+@dataclass
+class Reference:
+    """What transformers makes of a bundle in this process."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.bundle = bundles.read(self.path)
+        self.model: Any = self.bundle.model()
+        self.tokenizer = self.bundle.processor()
+
+    @torch.no_grad()
+    def generated(self, prompt: list[int], max_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        end = self.tokenizer.eos_token_id
+        options = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": end, "pad_token_id": end}
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+    def text(self, prompt: str | list[int], max_tokens: int) -> str:
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        return self.tokenizer.decode(self.generated(ids, max_tokens), skip_special_tokens=True)
+
+    def chat(self, messages: list[Any], **options: Any) -> list[int]:
+        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        return found["input_ids"]
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """(T, V)"""
+        return self.model(torch.tensor([ids])).logits[0].log_softmax(-1)

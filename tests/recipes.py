@@ -32,6 +32,15 @@ WORDS = [
 ]
 
 
+TINY_RESNET = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+}
+
+
 def text_file(folder: Path, rows: int = 33, seed: int = 0) -> Path:
     """Texts of very different lengths, with a label that the words decide."""
     random_ = random.Random(seed)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,3 +36,24 @@ def _processor_flags() -> set[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+
+
+def gpu_memory_bytes() -> int | None:
+    """Of the NVIDIA GPU that has the least; None where the driver's tool does not say."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.split()
+    return min((int(mib) << 20 for mib in said if mib.isdigit()), default=None)
+
+
+def cannot_listen(host: str, port: int) -> str:
+    """Why no server could listen there now; empty where one could."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do no harm
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -12,19 +14,30 @@ from heliostat.models.bundle import Bundle, verify
 from heliostat.recipe import Refused, override
 from heliostat.tasks import get_task
 
+CPU = torch.device("cpu")
+TIMED, WARM_UP = 32, 4
+"""Predictions whose time is taken, and those before them whose is not."""
+
 
 class Predictor:
-    """A bundle's model, task and processor, on CPU. Not for use by several threads at once."""
+    """A bundle's model, task and processor. Not for use by several threads at once."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, bfloat16: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        bfloat16: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
         """`threads`: processors of one prediction (None: as torch is set). Raises Refused for a bundle whose
         files are not those of its card."""
         verify(bundle)
-        self.bundle, self.threads, self.bfloat16 = bundle, threads, bfloat16
+        self.bundle, self.threads, self.bfloat16, self.device = bundle, threads, bfloat16, device
         # Packing would join the inputs of a language model into rows that belong to none of them.
         self.task = get_task(override(bundle.recipe, {"data.pack": False}), bundle.card["facts"])
         self.processor = bundle.processor()
-        self.model = bundle.model()
+        self.model: Any = bundle.model().to(device)
 
     def predict(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One prediction for each input, in their order. Raises Refused, naming an input that is wrong."""
@@ -51,9 +64,20 @@ class Predictor:
             torch.set_num_threads(self.threads)  # here, since the count belongs to the thread that computes
         predictions: list[dict[str, Any]] = [{}] * table.num_rows
         for numbers, batch in evaluate.batches(self.task, table):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            batch = batch.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 outputs = self.task.outputs(self.model, batch)
             found = self.task.predictions(outputs, batch)
             for number, prediction in zip(numbers.tolist(), found, strict=True):
                 predictions[number] = prediction
         return predictions
+
+    def latency_s(self, table: pa.Table) -> float:
+        """Median seconds from one prepared row to its prediction, over the first rows of the table in turn."""
+        taken = []
+        for number in range(WARM_UP + TIMED):
+            row = table.slice(number % table.num_rows, 1)
+            begun = time.perf_counter()
+            self.predict_rows(row)
+            taken.append(time.perf_counter() - begun)
+        return statistics.median(taken[WARM_UP:])

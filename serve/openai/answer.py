@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from heliostat.generate import Engine, Sampling, Token
 from heliostat.generate.text import TextStream
-from serve.openai.protocol import Generation, Problem, as_problem
+from serve.openai.protocol import MAX_CHOICES, Generation, Problem, as_problem
 
 
 @dataclass
@@ -112,8 +112,8 @@ class Answer:
             "system_fingerprint": fingerprint,
         }
         self.prompts, drawing = self.drawing()
-        if drawing.grammar:
-            engine.check_grammar(drawing.grammar)  # refused here, not when the answer has begun
+        if len(self.prompts) * (request.n or 1) > MAX_CHOICES:
+            raise Problem(400, f"n: more than {MAX_CHOICES} choices of all prompts together", "n")
         # A seed gives each choice another stream of random numbers.
         self.questions = [
             Question(prompt, replace(drawing, seed=None if drawing.seed is None else drawing.seed + i), request.stops)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
 from heliostat.generate import Sampling
 from heliostat.generate.drawing import json_grammar
+from heliostat.recipe import Refused
 from serve.openai import tools as tool_calls
 from serve.openai.answer import Answer, Piece
 from serve.openai.protocol import ChatRequest, NamedTool, Problem
@@ -34,6 +36,9 @@ class ChatAnswer(Answer):
             raise Problem(400, "messages: this model has no chat template; ask /v1/completions", "messages")
         if tools and not tool_calls.template_takes_tools(tokenizer.chat_template):
             raise Problem(400, "tools: this model's chat template has no place for them", "tools")
+        own = inspect.signature(tokenizer.apply_chat_template).parameters
+        if taken := [name for name in self.request.chat_template_kwargs if name in own]:
+            raise Problem(400, f"chat_template_kwargs: {taken[0]} is not the template's", "chat_template_kwargs")
         messages = [_message(i, each.model_dump(exclude_none=True)) for i, each in enumerate(self.request.messages)]
         try:
             found = tokenizer.apply_chat_template(
@@ -55,14 +60,21 @@ class ChatAnswer(Answer):
                 tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
             if not tools:
                 raise Problem(400, "tool_choice: names no tool of this request", "tool_choice")
-            return tool_calls.grammar(tools, self.engine.tokenizer.get_vocab())
+            return self._checked(tool_calls.grammar(tools, self.engine.tokenizer.get_vocab()), "tools")
         if form is None or form.type == "text":
             return ""
-        if form.type == "json_object":
-            return json_grammar({"type": "object"})
-        if form.json_schema is None:
-            raise Problem(400, "response_format: json_schema is missing", "response_format.json_schema")
-        return json_grammar(form.json_schema.schema_)
+        if form.type == "json_schema" and form.json_schema is None:
+            raise Problem(400, "response_format: json_schema is missing", "response_format")
+        schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
+        return self._checked(json_grammar(schema), "response_format")
+
+    def _checked(self, grammar: str, field: str) -> str:
+        """Refused here, not when the answer has begun."""
+        try:
+            self.engine.check_grammar(grammar)
+        except Refused as error:
+            raise Problem(400, f"{field}: {error.reason}", field) from error
+        return grammar
 
     def opening(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -122,9 +134,10 @@ def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
         content = "".join(part["text"] for part in content)
     for call in message.get("tool_calls") or []:
         try:
-            function = call["function"]
-            if isinstance(function["arguments"], str):
-                function["arguments"] = json.loads(function["arguments"] or "{}")
+            called, arguments = call["function"]["name"], call["function"]["arguments"]
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments or "{}")
+            call["function"] = {"name": called, "arguments": arguments}  # in the order that models were trained on
         except (ValueError, TypeError, KeyError) as error:
             raise Problem(400, f"messages: not a call of a tool: {call!r}", f"messages.{index}.tool_calls") from error
     role = "system" if message["role"] == "developer" else message["role"]

@@ -7,6 +7,8 @@ import json
 import uuid
 from typing import Any
 
+from heliostat.generate.drawing import ONE_LINE
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -30,7 +32,9 @@ def grammar(tools: list[dict[str, Any]], vocabulary: dict[str, int]) -> str:
         for tool in tools
     ]
     first, last = (tag if tag in vocabulary else json.dumps(tag) for tag in (OPEN, CLOSE))
-    return f'start: {first} "\\n" call "\\n" {last}\ncall: %json {json.dumps({"anyOf": calls})}\n'
+    return (
+        f'start: {first} "\\n" call "\\n" {last}\ncall: %json {json.dumps({"anyOf": calls, "x-guidance": ONE_LINE})}\n'
+    )
 
 
 class ToolCalls:

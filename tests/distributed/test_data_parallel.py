@@ -18,7 +18,7 @@ from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.recipe import Recipe, build, override
 from heliostat.train.loop import train
 from tests.distributed.harness import run
-from tests.recipes import prepared, text_file, tiny_bert, tiny_llama
+from tests.recipes import TINY_RESNET, prepared, text_file, tiny_bert, tiny_llama
 
 STEPS = 20
 
@@ -37,13 +37,7 @@ def tiny_resnet(folder: Path, **overrides: Any) -> Recipe:
             "storage": str(folder / "storage"),
             "model": {
                 "sync_batch_norm": True,
-                "config": {
-                    "model_type": "resnet",
-                    "layer_type": "basic",
-                    "embedding_size": 8,
-                    "hidden_sizes": [8, 16],
-                    "depths": [1, 1],
-                },
+                "config": TINY_RESNET,
             },
             "data": {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
             | {"augment": "crop"},

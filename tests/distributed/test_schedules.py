@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from heliostat.parallel.plans import local_stages, split_stages
+from heliostat.parallel.plans import split_stages
+from heliostat.planner.plans import local_stages
 from heliostat.recipe import PipelineSchedule, Recipe, Refused, override
 from heliostat.train.prove import parse_layouts, prove
 from tests.distributed.harness import run

@@ -19,7 +19,8 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Recipe, override
 from heliostat.train.loop import train
-from pipelines.job import find_recipe, parse
+from pipelines.job import parse
+from pipelines.recipes import find_recipe
 from tests import needs
 
 STEPS = 3
@@ -118,6 +119,7 @@ def test_tiny_lm(tmp_path: Path) -> None:
     assert math.isfinite(answer["perplexity"])
 
 
+@pytest.mark.slow
 def test_smollm(tmp_path: Path) -> None:
     functions = some_rows(find_recipe("smollm").data.train, 80, tmp_path / "functions.parquet")
     losses, answer = train_and_ask(few_steps("smollm", tmp_path, **{"data.train": functions}), tmp_path)

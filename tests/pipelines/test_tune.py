@@ -10,9 +10,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from heliostat.launch.cluster import logical_cpus
 from heliostat.launch.tune.space import trial_recipe
 from heliostat.launch.tune.study import STUDY_FILE
+from heliostat.placement import logical_cpus
 from heliostat.recipe import Recipe, Refused, load, override
 from heliostat.train.loop import train
 from pipelines import tune

@@ -15,14 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from heliostat.curves import METRICS_FILE, read_metrics
+from heliostat.energy import JOULES_PER_KWH
 from heliostat.launch.tune.driver import Driver
 from heliostat.launch.tune.runner import PRUNED
+from heliostat.launch.tune.space import row_settings
 from heliostat.launch.tune.study import Study
 from heliostat.launch.tune.trial import Training
 from heliostat.recipe import Choice, Integers, LogUniform, Tune, Uniform
 from heliostat.train.samples import collect
 from tests.pipelines.jobs import ROOT
-from tests.pipelines.trials import Said
+from tests.pipelines.trials import JOULES_A_REPORT, Said
 from tests.recipes import prepared, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -75,6 +77,32 @@ def test_a_spent_budget_ends_what_runs_and_starts_no_more(tmp_path: Path) -> Non
     }
 
 
+def test_energy_is_a_budget_also_over_sessions(tmp_path: Path) -> None:
+    """Seven reports' worth: the fourth trial is ended at its first, and no fifth begins, now or when resumed."""
+    tune = Tune(
+        space={"x": Uniform(low=0, high=2)}, scheduler="none", num_trials=9, kwh=7 * JOULES_A_REPORT / JOULES_PER_KWH
+    )
+    study = Study(tune, {"loss": False}, 0, "search", tmp_path)
+    assert Driver(study, Said(tmp_path, 0.02), max_concurrent=1).run() == "tune.kwh=1.94444"
+    rows = {row["number"]: (row["state"], row["evaluations"], row["error"]) for row in study.rows()}
+    assert rows == dict.fromkeys(range(3), ("done", 2, None)) | {3: ("pruned", 1, "tune.kwh=1.94444 is spent")}
+    assert study.joules == 7 * JOULES_A_REPORT
+    again = Study(tune, {"loss": False}, 0, "search", tmp_path, resume=True)
+    assert Driver(again, Said(tmp_path, 0.02)).run() == "tune.kwh=1.94444"
+    assert len(again.rows()) == 4
+
+
+def test_what_ends_a_search_of_which_no_budget_is_spent(tmp_path: Path) -> None:
+    for number, expected in ((2, "tune.num_trials=2"), (9, "tune.space, 3 combinations")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tune = Tune(
+            space={"n": Integers(low=1, high=3)}, algorithm="grid", scheduler="none", num_trials=number, hours=1
+        )
+        study = Study(tune, {"loss": False}, 0, "search", folder)
+        assert Driver(study, Said(folder, 0.02)).run() == expected
+
+
 def test_no_more_at_once_than_asked(tmp_path: Path) -> None:
     rows = searched(tmp_path, {"n": Integers(low=1, high=4)}, 0.3, algorithm="grid", num_trials=4, max_concurrent=1)
     assert len(rows) == 4
@@ -90,7 +118,7 @@ def test_pbt_goes_on_from_a_better_trials_weights_and_rows(tmp_path: Path) -> No
     recipe = tiny_bert(tmp_path, **{"model.dropout": 0.1, "data.log_samples": True} | settings)
     data = prepared(recipe)
     study = Study(recipe.tune, {"loss": False}, 0, "search", tmp_path)
-    training = Training(recipe, data.folder, data.meta["rows"]["train"], tmp_path / "trials", use_gpu=False)
+    training = Training(recipe, {row_settings(recipe): data}, tmp_path / "trials", use_gpu=False)
     Driver(study, training, max_concurrent=1).run()  # one after the other: no matter of who is faster
     rows = {row["number"]: row for row in study.rows()}
     successors = {number: study.origin(number) for number in rows if study.origin(number) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
@@ -20,11 +22,15 @@ from heliostat.recipe import Deploy, Refused
 from heliostat.train.loop import train
 from serve.application import deploy
 from serve.classifier import application, build
-from tests import recipes
+from tests import needs, recipes
+from tests.browser import tab
+from tests.bundles import image_bundle
 from tests.ports import free_port
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
 INPUTS = [{"text": text} for text in TEXTS]
+REPORTS_S = 11.0
+"""Ray's processes report every 10 s."""
 
 
 def trained(folder: Path, **overrides: object) -> Path:
@@ -159,7 +165,7 @@ def test_limits(endpoint: Endpoint) -> None:
 
 def test_health_and_description(endpoint: Endpoint, paths: list[Path]) -> None:
     health = httpx.get(f"{endpoint.url}/healthz").json()
-    assert health == {"status": "ok", "bundle": bundles.read(paths[0]).digest[:12], "version": "1"}
+    assert health == {"status": "ok", "bundle": bundles.read(paths[0]).digest[:12], "version": "1", "ongoing": 0}
     described = httpx.get(f"{endpoint.url}/openapi.json").json()
     post = described["paths"]["/predict"]["post"]
     assert set(post["responses"]) == {"200", "413", "422"}
@@ -221,6 +227,63 @@ def test_a_swap_fails_no_request(endpoint: Endpoint, paths: list[Path], restart:
     assert (last["bundle"], last["version"]) == (expected[after][0], after)
 
 
+def test_what_prometheus_gets(endpoint: Endpoint) -> None:
+    """Requests by outcome, their time, and batches, as the node's exporter tells them."""
+    before = served()
+    while (later := settled()) != before:
+        before = later
+    for inputs in ([{"text": "sun"}], [{"text": "sun"}] * 3, [{"text": ""}]):
+        endpoint.post({"inputs": inputs})
+    deadline = time.monotonic() + 60
+    while (now := served()) == before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    now = settled()
+    grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
+    assert grown == {"requests answered": 2, "requests refused": 1, "latencies": 2, "batches": 2}
+
+
+@needs.chromium
+def test_a_page_to_try_texts_on(endpoint: Endpoint, tmp_path: Path) -> None:
+    with tab(endpoint.url, tmp_path) as page:
+        page.run("document.getElementById('text').focus()")
+        page.type(TEXTS[0])
+        page.press_enter()
+        page.wait("document.getElementById('notes').textContent")
+        shown = page.run("document.body.innerText")
+        assert page.problems == []
+    found = endpoint.post({"inputs": {"text": TEXTS[0]}}).json()
+    (prediction,) = found["predictions"]
+    best, other = sorted(prediction["scores"].items(), key=lambda pair: -pair[1])
+    assert best[0] == prediction["label"]
+    assert re.search(rf"{best[0]}\s+{best[0]}\s+{best[1]:.3f}\s+{other[0]}\s+{other[1]:.3f}", shown), shown
+    assert re.search(rf"[\d.]+ s · version {found['version']} · replica \w+", shown)
+
+
+@needs.chromium
+def test_a_page_to_drop_images_on(endpoint: Endpoint, paths: list[Path], tmp_path: Path) -> None:
+    """The bundle of another task is swapped in as any other."""
+    bundle = bundles.read(image_bundle(tmp_path))
+    deploy(bundle.path, "images", endpoint.settings, "tiny")
+    image = bundle.task().example()["image"]
+    drop = f"""(async () => {{
+        const bytes = Uint8Array.from(atob("{image}"), each => each.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], "image.png", {{type: "image/png"}}));
+        document.dispatchEvent(new DragEvent("drop", {{dataTransfer: data}}));
+    }})()"""
+    with tab(endpoint.url, tmp_path / "browser") as page:
+        page.run(drop)
+        page.wait("document.querySelector('#shown img')?.naturalWidth === 8")
+        page.run("document.querySelector('button').click()")
+        page.wait("document.getElementById('notes').textContent")
+        shown = page.run("document.body.innerText")
+        assert page.problems == []
+    deploy(paths[0], "texts", endpoint.settings, "tiny")
+    (prediction,) = Predictor(bundle).predict([{"image": image}])
+    assert f"{prediction['label']}\t" in shown
+    assert "version images · replica" in shown
+
+
 def test_another_port_than_serves_is_refused(endpoint: Endpoint, paths: list[Path]) -> None:
     other = endpoint.settings.model_copy(update={"port": endpoint.settings.port - 1})
     with pytest.raises(Refused, match=r"deploy\.port: Serve runs on port"):
@@ -259,3 +322,28 @@ def test_the_yaml_is_one_that_serve_takes() -> None:
     path = Path(__file__).parents[2] / "serve" / "classifier.yaml"
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     assert schema.applications[0].import_path == "serve.classifier:build"
+
+
+def settled() -> dict[str, float]:
+    """After the next report."""
+    time.sleep(REPORTS_S)
+    return served()
+
+
+def served() -> dict[str, float]:
+    """What the node's exporter has of endpoints, summed over replicas."""
+    import ray
+
+    (node,) = ray.nodes()
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = {
+                "ray_heliostat_serve_requests_total": f"requests {sample.labels.get('outcome')}",
+                "ray_heliostat_serve_latency_s_count": "latencies",
+                "ray_heliostat_serve_batch_size_count": "batches",
+            }.get(sample.name)
+            if name:
+                sums[name] = sums.get(name, 0.0) + sample.value
+    return sums

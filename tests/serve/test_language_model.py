@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,18 @@ import httpx
 import openai
 import pydantic
 import pytest
-import torch
 import yaml
 
-from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import deploy
-from tests.bundles import chat_bundle
+from tests import needs
+from tests.browser import tab
+from tests.bundles import Reference, chat_bundle
 from tests.ports import free_port
 
 CHAT: list[Any] = [{"role": "user", "content": "sun salt mirror"}]
 NAME = "tiny"
-
-
-@dataclass
-class Reference:
-    """What transformers makes of a bundle in this process."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        self.bundle = bundles.read(self.path)
-        self.model: Any = self.bundle.model()
-        self.tokenizer = self.bundle.processor()
-
-    @torch.no_grad()
-    def generated(self, prompt: list[int], max_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        end = self.tokenizer.eos_token_id
-        options = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": end, "pad_token_id": end}
-        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-
-    def text(self, prompt: str | list[int], max_tokens: int) -> str:
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        return self.tokenizer.decode(self.generated(ids, max_tokens), skip_special_tokens=True)
-
-    def chat(self, messages: list[Any], **options: Any) -> list[int]:
-        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
-        return found["input_ids"]
-
-    @torch.no_grad()
-    def logprobs(self, ids: list[int]) -> torch.Tensor:
-        """(T, V)"""
-        return self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +267,7 @@ def test_tools(client: openai.OpenAI, reference: Reference) -> None:
         ("completions", {"prompt": "sun " * 2000}, "prompt", "maximum context length is 1024 tokens"),
         ("completions", {"prompt": [99999]}, "prompt", "no token 99999"),
         ("completions", {"prompt": []}, "prompt", "empty list"),
+        ("completions", {"prompt": ["sun"] * 40, "n": 4}, "n", "more than 128 choices"),
         ("completions", {"prompt": "sun", "logit_bias": {"99999": 1}}, "logit_bias", "no token 99999"),
         ("completions", {"prompt": "sun", "best_of": 4}, "best_of", "only the value of n"),
         ("completions", {}, "prompt", "Field required"),
@@ -310,6 +279,12 @@ def test_tools(client: openai.OpenAI, reference: Reference) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
             "reads text only",
+        ),
+        (
+            "chat/completions",
+            {"messages": CHAT, "chat_template_kwargs": {"tokenize": False}},
+            "chat_template_kwargs",
+            "tokenize is not the template's",
         ),
         ("chat/completions", {"messages": CHAT, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ("chat/completions", {"messages": CHAT, "tool_choice": "required"}, "tool_choice", "names no tool"),
@@ -335,7 +310,9 @@ def test_refusals_in_the_protocols_shape(url: str, route: str, body: dict, param
 
 
 def test_other_refusals(url: str) -> None:
-    assert httpx.post(f"{url}/v1/completions", content="{").json()["error"]["message"].startswith("body: JSON")
+    headers = {"content-type": "application/json"}
+    broken = httpx.post(f"{url}/v1/completions", content="{", headers=headers)
+    assert (broken.status_code, broken.json()["error"]["message"][:10]) == (400, "body: JSON")
     other = httpx.post(f"{url}/v1/completions", json={"model": "other", "prompt": "sun"})
     assert (other.status_code, other.json()["error"]["code"]) == (404, "model_not_found")
     large = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "x" * 200_000})
@@ -353,7 +330,8 @@ def test_who_goes_away_is_not_worked_for(url: str, stream: bool) -> None:
     with httpx.Client(timeout=None if stream else 0.5) as client:
         if stream:
             with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # kept: an iterator that is let go of closes the connection
+                assert "error" not in next(lines)
                 assert ongoing(url) == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
@@ -373,6 +351,29 @@ def test_predict_as_every_deployment(url: str, reference: Reference) -> None:
         assert one == pytest.approx(other, rel=1e-4)
 
 
+@needs.chromium
+def test_a_page_to_chat_on(url: str, reference: Reference, tmp_path: Path) -> None:
+    said = "[...document.querySelectorAll('.said')].map(box => box.textContent)"
+    with tab(url, tmp_path) as page:
+        assert page.run("document.title") == "Heliostat"
+        page.run("document.getElementById('text').focus()")
+        for turn, text in enumerate(["sun <b>salt</b>", "cloud"]):
+            page.type(text)
+            page.press_enter()
+            page.wait("document.querySelector('button').disabled")
+            page.wait(f"!document.querySelector('button').disabled && {said}.length === {2 * turn + 2}")
+            assert page.run(said)[2 * turn] == text
+            assert page.run(said)[2 * turn + 1]
+        # As it came: what was said before went along, and there was something to see before all was there.
+        first, whole = re.fullmatch(
+            rf"([\d.]+) s \(first token ([\d.]+) s\) · version {reference.bundle.digest[:12]} · replica \w+",
+            page.run("document.getElementById('notes').textContent"),
+        ).group(2, 1)
+        assert float(first) < float(whole)
+        assert page.run("messages.map(message => message.role)") == ["user", "assistant"] * 2
+        assert page.problems == []
+
+
 def test_another_bundle_while_answers_are_on_their_way(
     client: openai.OpenAI, url: str, references: list[Reference]
 ) -> None:
@@ -387,7 +388,7 @@ def test_another_bundle_while_answers_are_on_their_way(
     assert {chunk.system_fingerprint for chunk in chunks} == {references[0].bundle.digest[:12]}
     after = client.completions.create(model=NAME, prompt="sun", max_tokens=20, temperature=0)
     assert after.system_fingerprint == references[1].bundle.digest[:12]
-    assert after.choices[0].text == references[1].text("sun", 20)
+    assert after.choices[0].text == references[1].text("sun", 20) != references[0].text("sun", 20)
     assert ongoing(url) == 0
 
 

@@ -25,6 +25,7 @@ from heliostat.train.loop import train
 from pipelines.rollout import rollout
 from serve.application import deploy
 from tests import recipes
+from tests.bundles import image_bundle
 from tests.ports import free_port
 
 SETTINGS = {
@@ -194,11 +195,13 @@ def test_blue_green_switches_back(recipe: Recipe, load: Load) -> None:
     assert served[-1] == str(result["from"])
 
 
-def test_what_cannot_be_rolled_out_is_refused(recipe: Recipe, first: Bundle, good: Bundle) -> None:
+def test_what_cannot_be_rolled_out_is_refused(recipe: Recipe, first: Bundle, good: Bundle, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="has no champion to compare with"):
         rollout(override(recipe, {"name": "another"}), good, "canary")
     registry.promote(recipe, registry.register(recipe, first, None))
     with pytest.raises(Refused, match="is the champion"):
         rollout(recipe, first, "canary")
+    with pytest.raises(Refused, match="an AutoModelForImageClassification"):
+        rollout(recipe, bundles.read(image_bundle(tmp_path)), "canary")
     with pytest.raises(Refused, match="did you mean shadow"):
         rollout(recipe, good, "shadows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -57,8 +58,10 @@ def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None
     assert 0 < seen.stable.latency_s < 30
     assert streamed(versions) == (old, {bundles.read(versions.stable.bundle).digest[:12]})
     pairs: list[Seen] = []
-    while not pairs:
+    limit = time.monotonic() + 30
+    while not pairs and time.monotonic() < limit:
         pairs += versions.exchange(Traffic(0.0))
+        time.sleep(0.1)
     assert pairs[0].stable is not None
     assert pairs[0].candidate is not None
     assert not pairs[0].stable.failed

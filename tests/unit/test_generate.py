@@ -173,8 +173,8 @@ def test_draws_follow_the_closed_form(fields: dict[str, Any], expected: list[flo
 def test_penalties_count_what_was_drawn() -> None:
     sampling = Sampling(max_tokens=9, temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
     draw = Draw(sampling, None)
-    # 1 → 0.25 → -0.25; 0.4 → -0.35; 0.3 → -0.45: by hand.
-    assert [draw(torch.tensor([1.0, 0.4, 0.3])) for _ in range(5)] == [0, 1, 2, 0, 1]
+    # The first token's score falls 1 → 0.25 → -0.25 → -0.75, the others' 0.4 → -0.35 and 0.3 → -0.45.
+    assert [draw(torch.tensor([1.0, 0.4, 0.3])) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
 
 
 def test_seeds_repeat_and_differ(tokenizer: Any) -> None:

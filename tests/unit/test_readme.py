@@ -9,17 +9,23 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
-from heliostat.recipe import Recipe, field_paths
+from heliostat.recipe import Recipe, field_paths, override
 from heliostat.tasks import get_task
-from pipelines.job import find_recipe, parse
-from pipelines.recipes import BUILT_IN
+from pipelines import doctor
+from pipelines.job import parse
+from pipelines.recipes import BUILT_IN, find_recipe
+from serve.openai.protocol import ChatRequest
+from tests.kustomize import render
 
 ROOT = Path(__file__).resolve().parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADS = ("make ", "python -m ", "ray ")
 
@@ -71,6 +77,11 @@ def check(words: list[str]) -> None:
         case ["python", "-m", module, *arguments] if module.startswith("bench."):
             usage = subprocess.check_output([sys.executable, "-m", module, "--help"], cwd=ROOT, text=True)
             assert {word for word in arguments if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", usage))
+        case ["python", "-m", "pipelines.doctor", *arguments]:
+            subjects, overrides = doctor.parse(arguments)
+            for name, recipe in subjects.items():
+                assert recipe or (ROOT / name).is_file()
+                assert not recipe or override(recipe, overrides)
         case ["python", "-m", module, *arguments]:
             assert module.startswith("pipelines.")
             assert importlib.util.find_spec(module), f"no {module}"
@@ -87,12 +98,64 @@ def check(words: list[str]) -> None:
 
             assert command in cli.commands
         case ["curl", "-s", address, "-H", "content-type: application/json", "-d", body]:
-            recipe = find_recipe("sentiment")
-            url = urlsplit(f"http://{address}")
-            assert (url.hostname, url.port, url.path) == (recipe.deploy.host, recipe.deploy.port, "/predict")
-            get_task(recipe).parse(json.loads(body)["inputs"])
+            url, asked = urlsplit(f"http://{address}"), json.loads(body)
+            recipe = find_recipe(asked.get("model", "sentiment"))
+            assert (url.hostname, url.port) == (recipe.deploy.host, recipe.deploy.port)
+            if url.path == "/predict":
+                get_task(recipe).parse(asked["inputs"])
+            else:
+                assert url.path == "/v1/chat/completions"
+                ChatRequest.model_validate(asked)
+        case ["docker", "build", "-f", file, "-t", image, "."]:
+            assert (ROOT / file).is_file()
+            check(["docker", "push", image])
+        case ["docker", "push", image]:
+            (known,) = yaml.safe_load((KUBERNETES / "base" / "kustomization.yaml").read_text())["images"]
+            assert image == f"{known['newName']}:{known['newTag']}"
+        case ["kubectl", "apply", "-f", file]:
+            assert list(yaml.safe_load_all((ROOT / file).read_text()))
+        case ["kubectl", "apply", "-k", folder]:
+            assert render(ROOT / folder)
+        case ["kubectl", "-n", namespace, *rest]:
+            assert ("Namespace", namespace) in {(kind, name) for kind, name, _ in deployed()}
+            check_kubectl(rest)
+        case ["export", *variables]:
+            assert all(re.fullmatch(r"\w+=.+", variable) for variable in variables)
+            for inner in re.findall(r"\$\((kubectl [^|)]*)", " ".join(variables)):
+                check(shlex.split(inner))
         case _:
             pytest.fail(f"nothing here knows how to check: {shlex.join(words)}")
+
+
+@cache
+def deployed() -> list[tuple[str, str, str]]:
+    """(kind, name, all of it, in JSON) of each object that an overlay of deploy/kubernetes has."""
+    objects = [each for folder in (KUBERNETES / "overlays").iterdir() for each in render(folder)]
+    return [(each["kind"], each["metadata"]["name"], json.dumps(each, sort_keys=True)) for each in objects]
+
+
+def check_kubectl(words: list[str]) -> None:
+    match words:
+        case ["create", "secret", "generic", name, literal]:
+            key = literal.removeprefix("--from-literal=").partition("=")[0]
+            reference = json.dumps({"key": key, "name": name})
+            by_ray = f'"secretName": "{name}"'  # which takes the key `auth_token`
+            assert any(reference in text or (key == "auth_token" and by_ray in text) for _, _, text in deployed())
+        case ["get", "secret", name, "-o", key]:
+            assert key.startswith("jsonpath={.data.")
+            check_kubectl(["create", "secret", "generic", name, f"--from-literal={key[len('jsonpath={.data.') : -1]}="])
+        case ["get", kind, name]:
+            assert (kind, name) in {(each.lower(), name) for each, name, _ in deployed()}
+        case ["port-forward", service, ports]:
+            kind, suffix, port = {
+                "8265:8265": ("RayCluster", "head-svc", "dashboard"),
+                "8000:8000": ("RayService", "serve-svc", "serve"),
+            }[ports]
+            ((name, text),) = [(name, text) for each, name, text in deployed() if each == kind]
+            assert service == f"service/{name}-{suffix}"  # as KubeRay calls them
+            assert json.dumps({"containerPort": int(ports[:4]), "name": port}) in text
+        case _:
+            pytest.fail(f"nothing here knows how to check: kubectl {shlex.join(words)}")
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -119,13 +182,22 @@ def test_recipes_are_those_listed() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["make nothing", "python -m pipelines.trian sentiment", "python -m pipelines.train sentiment --lr 1", "git pull"],
+    [
+        "make nothing",
+        "python -m pipelines.trian sentiment",
+        "python -m pipelines.train sentiment --lr 1",
+        "git pull",
+        "kubectl apply -k deploy/kubernetes/overlays/jobs",
+        "kubectl -n default get rayjob train",
+        "kubectl -n heliostat create secret generic heliostat-redis --from-literal=pasword=1",
+        "docker push heliostat:latest",
+    ],
 )
 def test_a_wrong_command_is_found(command: str) -> None:
-    with pytest.raises((AssertionError, ValueError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, ValueError, OSError, pytest.fail.Exception)):
         check(command.split())
 
 
 def test_no_command_is_overlooked() -> None:
     found = [command for _, command in commands()]
-    assert {command.split()[0] for command in found} == {"make", "python", "ray", "curl"}
+    assert {command.split()[0] for command in found} == {"make", "python", "ray", "curl", "docker", "kubectl", "export"}

@@ -247,7 +247,7 @@ def test_what_is_not_decided_in_time_is_called_off() -> None:
     schedule = Schedule(Rollout(max_requests=1000), "shadow")
     while schedule.decision is None:
         schedule.add(Traffics(8).pairs())
-    assert (schedule.decision, schedule.requests) == ("undecided", 1200)
+    assert (schedule.decision, schedule.requests) == ("undecided", 2 * BATCH)
     late = Schedule(Rollout(), "canary")
     late.give_up()
     assert (late.decision, late.traffic) == ("undecided", Traffic(0.0))

@@ -11,14 +11,15 @@ from typing import Any
 import optuna
 import pytest
 
+from heliostat.launch.tune import STUDY_FILE
 from heliostat.launch.tune.population import explored, source
 from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED
-from heliostat.launch.tune.space import check_space, draw, trial_recipe, trials_at_once
-from heliostat.launch.tune.study import STUDY_FILE, Study
+from heliostat.launch.tune.space import check_space, draw, row_choices, row_settings, trial_recipe, trials_at_once
+from heliostat.launch.tune.study import Study
 from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Tune, Uniform, override
 from heliostat.tasks import get_task
 from tests import needs, postgres
-from tests.recipes import tiny_bert
+from tests.recipes import prepared, tiny_bert
 
 LR = {"optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}}
 
@@ -124,9 +125,9 @@ def test_a_trial_that_never_fits_is_refused(recipe: Recipe) -> None:
         assert suggestion in refused.value.suggestion
 
 
-@pytest.mark.parametrize("path", ["data.sequence_length", "model.max_length", "tune.limit", "seed"])
+@pytest.mark.parametrize("path", ["data.limit", "model.tokenizer", "tune.limit", "energy.cpu_watts", "seed"])
 def test_what_trials_share_is_not_searched(path: str, tmp_path: Path) -> None:
-    space = {path: {"kind": "choice", "values": [1, 2]}}
+    space = {path: {"kind": "choice", "values": ["train:300"] if path == "model.tokenizer" else [1, 2]}}
     with pytest.raises(Refused, match=path) as refused:
         checked(tiny_bert(tmp_path, **{"tune.space": space}))
     assert refused.value.field == "tune.space"
@@ -140,9 +141,17 @@ def checked(recipe: Recipe) -> None:
     ("settings", "field", "reason"),
     [
         ({"tune.objectives": ["accuracy", "second"], "tune.scheduler": "none"}, "tune.objectives", "second"),
+        ({"tune.objectives": ["accuracy", "latncy"], "tune.scheduler": "none"}, "tune.objectives", "mean latency"),
         ({"tune.objectives": ["accuracy", "seconds"]}, "tune.scheduler", "asha ranks trials by one value, here are 2"),
         ({"tune.objectives": ["seconds"], "tune.scheduler": "none"}, "tune.objectives", "trials report accuracy"),
+        ({"tune.space": {"model.config.hiden_size": LR["optimizer.lr"]}}, "model.config.hiden_size", "no such field"),
         ({"tune.algorithm": "grid"}, "tune.space", "a grid has no points for optimizer.lr"),
+        ({"tune.space": {"model.max_length": {"kind": "int", "low": 8, "high": 48}}}, "tune.space", "use choice"),
+        (
+            {"tune.space": {"model.max_length": {"kind": "choice", "values": list(range(8, 25))}}},
+            "tune.space",
+            "model.max_length make 17 kinds of prepared rows",
+        ),
     ],
 )
 def test_what_cannot_be_searched(settings: dict[str, Any], field: str, reason: str, tmp_path: Path) -> None:
@@ -166,6 +175,35 @@ def test_a_layout_can_be_searched(recipe: Recipe) -> None:
     assert (trial.parallelism.workers, trial.parallelism.fsdp, trial.parallelism.replicate) == (4, 2, 2)
     with pytest.raises(Refused, match="workers=4 is not a multiple"):
         trial_recipe(several, {"parallelism.fsdp": 3}, rows=64)
+
+
+def test_rows_are_prepared_for_all_that_can_be_drawn() -> None:
+    space: dict[str, SearchRange] = {
+        "model.max_length": Choice(values=[8, 16]),
+        "optimizer.lr": LogUniform(low=1e-4, high=1e-2),
+        "model.truncation": Choice(values=["head_tail"], when={"model.max_length": [16]}),
+    }
+    choices = row_choices(space)
+    assert choices == [
+        {"model.max_length": 8, "model.truncation": "head_tail"},
+        {"model.max_length": 8},
+        {"model.max_length": 16, "model.truncation": "head_tail"},
+        {"model.max_length": 16},
+    ]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(50):
+        values = draw(study.ask(), space)
+        values.pop("optimizer.lr")
+        assert values in choices
+
+
+def test_settings_of_rows_tell_prepared_data_apart(recipe: Recipe) -> None:
+    """As fingerprints do."""
+    for values in ({}, {"optimizer.lr": 1.0}, {"model.max_length": 9}, {"model.truncation": "head_tail"}):
+        changed = override(recipe, values)
+        same = row_settings(recipe, values) == row_settings(recipe)
+        assert same == (prepared(changed).fingerprint == prepared(recipe).fingerprint)
+        assert row_settings(recipe, values) == row_settings(changed)
 
 
 SPACE: dict[str, SearchRange] = {

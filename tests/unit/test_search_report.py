@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from heliostat.launch.tune.runner import DONE, INFEASIBLE, PRUNED
 from heliostat.launch.tune.study import Study
 from heliostat.recipe import Choice, Tune, Uniform
 from tests import needs
+from tests.browser import opened
 
 
 def searched(folder: Path, objectives: dict[str, bool], trials: int) -> Study:
@@ -31,18 +30,6 @@ def searched(folder: Path, objectives: dict[str, bool], trials: int) -> Study:
         study.report(number, 1, dict.fromkeys(objectives, 9.0))
         study.tell(number, PRUNED, dict.fromkeys(objectives, 9.0))
     return study
-
-
-def opened(page: Path) -> tuple[str, str]:
-    """The page's document once its scripts have run, and what it wrote on the console."""
-    browser = shutil.which("chromium")
-    assert browser is not None
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-         "--virtual-time-budget=20000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=240, check=True,
-    )  # fmt: skip
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
 @needs.chromium

@@ -19,6 +19,10 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from heliostat.generate import Sampling, Token
 from heliostat.recipe import Refused
 
+ONE_LINE: dict[str, Any] = {"whitespace_flexible": False}
+"""How llguidance is told to let JSON have no line breaks: a small model that may write white space anywhere writes
+little else."""
+
 
 class Grammars:
     """What texts can be made to follow, over the tokens of one tokenizer."""
@@ -43,8 +47,8 @@ class Grammars:
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """A JSON value by a JSON schema."""
-    return llguidance.LLMatcher.grammar_from_json_schema(schema)
+    """A JSON value by a JSON schema, on one line."""
+    return llguidance.LLMatcher.grammar_from_json_schema({**schema, "x-guidance": ONE_LINE})
 
 
 class Draw:
@@ -131,7 +135,8 @@ class Draws(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(self._draws), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        for logits_V, draw in zip(scores, self._draws, strict=True):
+        # Behind them come rows of requests whose prompt is not read to its end: nobody takes their token.
+        for logits_V, draw in zip(scores, self._draws, strict=False):
             if not draw.plain:
                 logits_V[draw(logits_V)] = torch.inf
         return scores

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.hardware import this_machine
-from heliostat.recipe import Recipe, Refused, write_atomically
+from heliostat.placement import check_placement, logical_cpus
+from heliostat.recipe import Recipe, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds platform/, pipelines/ and serve/."""
@@ -34,30 +35,6 @@ KEPT_SESSION = "ray.session"
 """In the storage folder: the Ray session that a kept cluster runs and its address, for whoever ends it."""
 KEPT_MARK = "kept_by_heliostat"
 """In the folder of a Ray session: that it was started here to be kept."""
-
-
-def check_placement(recipe: Recipe, cpus: float, gpus: float, where: str) -> None:
-    """Refuse what could never be placed."""
-    parallelism = recipe.parallelism
-    workers = parallelism.min_workers or parallelism.workers
-    needed = workers * parallelism.cpus_per_worker
-    if parallelism.use_gpu and workers > gpus:
-        raise Refused(
-            "parallelism.use_gpu",
-            f"{workers} GPUs are asked for, {where} has {gpus:g}",
-            "set parallelism.use_gpu false, or fewer workers",
-        )
-    if needed > cpus:
-        raise Refused(
-            "parallelism.workers",
-            f"{workers} workers need {needed:g} CPUs, {where} has {cpus:g}",
-            f"use ≤ {int(cpus // parallelism.cpus_per_worker)} workers",
-        )
-
-
-def logical_cpus() -> int:
-    """What a cluster on this machine declares: workers of a tiny run may share cores, and drivers must not starve."""
-    return max(8, 4 * this_machine().cpus)
 
 
 def environment() -> dict[str, str]:

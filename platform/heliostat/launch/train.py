@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
-from heliostat.models.flops import peak_flops
+from heliostat.models.flops import peak_flops, published_peak_flops
 from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
 from heliostat.train import ledger, samples
@@ -22,6 +22,7 @@ from heliostat.train.faults import Fault
 from heliostat.train.guard import read_bad_steps
 from heliostat.train.loop import CHECKPOINT_FAULTS_FILE, LEDGER, OUTCOME_FILE, STOP_FILE, train
 from heliostat.train.notes import read_notes
+from heliostat.train.pulse import Pulse
 
 PLACEMENT_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
 """Ray Train's setting for runs that take the workers there are. It may count on a node that is gone already, and would
@@ -41,6 +42,10 @@ def _worker(config: dict[str, Any]) -> None:
     workers = ray.train.get_context().get_world_size()
     try:
         recipe = override(build(config["recipe"]), {"parallelism.workers": workers, "parallelism.min_workers": None})
+        device = get_device()
+        dtype = torch.bfloat16 if computes_in_bfloat16(recipe.training.precision, device) else torch.float32
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
+        published = published_peak_flops(name)
         outcome = train(
             recipe,
             Path(config["prepared"]),
@@ -50,11 +55,10 @@ def _worker(config: dict[str, Any]) -> None:
             watch=True,
             fault=config["fault"],
             notice=_taken_away,
-            observe=_gauges(run_dir.name),
+            observe=_gauges(run_dir.name, published and workers * published),
         )
         if ray.train.get_context().get_world_rank() == 0:
-            bfloat16 = computes_in_bfloat16(recipe.training.precision, get_device())
-            peak, known = peak_flops(get_device(), torch.bfloat16 if bfloat16 else torch.float32)
+            peak, known = peak_flops(device, dtype)
             outcome |= {"peak_flops": peak, "peak_flops_are": known}
             write_atomically(run_dir / OUTCOME_FILE, json.dumps(outcome))
     except Refused as error:
@@ -151,19 +155,40 @@ def fit(
     return outcome | report(run_dir, started, outcome)
 
 
-def _gauges(run: str) -> Callable[[int, int, dict[str, float]], None]:
-    """What Ray exports to Prometheus of a run."""
+def _gauges(run: str, peak_flops: float | None) -> Callable[[Pulse], None]:
+    """What Ray exports to Prometheus of a run, each name with `ray_` before it. `peak_flops`: a second, of all workers;
+    None where it is not published."""
     from ray.util.metrics import Gauge
 
     labels = ("run", "attempt")
-    seconds_by_class = Gauge("heliostat_train_seconds", "Of an attempt, by the ledger's class", (*labels, "class"))
-    reached = Gauge("heliostat_train_step", "The optimizer step an attempt has reached", labels)
 
-    def observe(attempt: int, step: int, seconds: dict[str, float]) -> None:
-        tags = {"run": run, "attempt": str(attempt)}
-        reached.set(step, tags)
-        for name, value in seconds.items():
+    def gauge(name: str, of: str, *more: str) -> Gauge:
+        return Gauge(f"heliostat_train_{name}", of, (*labels, *more))
+
+    seconds_by_class = gauge("seconds", "Of an attempt, by the ledger's class", "class")
+    reached = gauge("step", "The optimizer step an attempt has reached")
+    tokens = gauge("tokens", "Of an attempt's steps so far")
+    loss = gauge("loss", "Mean over the last global batch; not a number where the step was bad")
+    grad_norm = gauge("grad_norm", "Of the last step, before clipping")
+    checkpoint = gauge("last_checkpoint_time_s", "When the last checkpoint was complete, else the attempt's beginning")
+    bad_steps = gauge("bad_steps", "Steps of the run whose loss or gradient was not finite, or whose loss spiked")
+    flops_per_token = gauge("flops_per_token", "Of the forward and the backward pass")
+    peak = gauge("peak_flops_per_s", "Of all workers, as published")
+
+    def observe(pulse: Pulse) -> None:
+        tags = {"run": run, "attempt": str(pulse.attempt)}
+        reached.set(pulse.step, tags)
+        for name, value in pulse.seconds.items():
             seconds_by_class.set(value, tags | {"class": name})
+        checkpoint.set(pulse.checkpoint, tags)
+        bad_steps.set(pulse.bad_steps, tags)
+        if pulse.figures:
+            loss.set(pulse.figures["loss"], tags)
+            grad_norm.set(pulse.figures["grad_norm"], tags)
+            tokens.set(pulse.tokens, tags)
+        if pulse.flops_per_token and peak_flops:
+            flops_per_token.set(pulse.flops_per_token, tags)
+            peak.set(peak_flops, tags)
 
     return observe
 
@@ -177,7 +202,7 @@ def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:
     if use_gpu is None:
         gpus = ray.cluster_resources().get("GPU", 0)
         use_gpu = gpus >= (parallelism.min_workers or parallelism.workers)
-    return use_gpu, {"CPU": parallelism.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    return use_gpu, parallelism.worker_resources(use_gpu)
 
 
 def report(run_dir: Path, started: float, outcome: dict[str, Any]) -> dict[str, Any]:

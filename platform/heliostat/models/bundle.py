@@ -16,12 +16,11 @@ import transformers
 from torch import Tensor
 
 import heliostat
+from heliostat import card as cards
+from heliostat.card import BUNDLE_VERSION, CARD, digests
 from heliostat.models.load import auto_class, transformers_config
-from heliostat.recipe import Recipe, Refused, build, write_atomically
+from heliostat.recipe import Recipe, build, write_atomically
 from heliostat.tasks import Task, get_task
-
-BUNDLE_VERSION = 1
-CARD = "card.json"
 
 
 @dataclass(frozen=True)
@@ -115,18 +114,7 @@ def write(
 
 def read(path: Path, verify_files: bool = True) -> Bundle:
     """Open a bundle; refuse one whose files are not those its card lists."""
-    card_path = path / CARD
-    if not card_path.is_file():
-        raise Refused("bundle", f"{path} is not a bundle: it has no {CARD}", "name the folder that training wrote")
-    try:
-        card = json.loads(card_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Refused("bundle", f"{card_path} is not JSON: {error}") from error
-    if not isinstance(card, dict) or not isinstance(card.get("version"), int):
-        raise Refused("bundle", f"{card_path} is not a bundle's card")
-    if card["version"] > BUNDLE_VERSION:
-        raise Refused("bundle", f"{path} was written by a newer Heliostat", "upgrade this one")
-    bundle = Bundle(path, card)
+    bundle = Bundle(path, cards.read(path))
     if verify_files:
         verify(bundle)
     return bundle
@@ -134,18 +122,7 @@ def read(path: Path, verify_files: bool = True) -> Bundle:
 
 def verify(bundle: Bundle) -> None:
     """Raise Refused naming the first file that is missing, changed or not listed."""
-    found = digests(bundle.path)
-    for name, digest in bundle.card["files"].items():
-        if name not in found:
-            raise Refused("bundle", f"{bundle.path}: {name} is missing", "restore it, or train again")
-        if found[name] != digest:
-            raise Refused(
-                "bundle",
-                f"{bundle.path}: {name} was changed after the bundle was written",
-                "restore it, or train again",
-            )
-    if extra := set(found) - set(bundle.card["files"]):
-        raise Refused("bundle", f"{bundle.path}: {min(extra)} is not part of the bundle", "remove it")
+    cards.verify(bundle.path, bundle.card)
 
 
 def add_metrics(bundle: Bundle, metrics: dict[str, Any]) -> Bundle:
@@ -153,13 +130,3 @@ def add_metrics(bundle: Bundle, metrics: dict[str, Any]) -> Bundle:
     card = bundle.card | {"metrics": bundle.card["metrics"] | metrics}
     write_atomically(bundle.path / CARD, json.dumps(card, indent=2) + "\n")
     return Bundle(bundle.path, card)
-
-
-def digests(path: Path) -> dict[str, str]:
-    """SHA-256 of every file but the card, by relative name."""
-    found = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file != path / CARD:
-            with file.open("rb") as stream:
-                found[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found

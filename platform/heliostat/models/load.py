@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from heliostat.models.packaged import packaged_model
+from heliostat.models.describe import model_folder
+from heliostat.models.packaged import PREFIX, packaged_model
 from heliostat.models.weights import Weights
-from heliostat.recipe import Model, Refused
+from heliostat.recipe import TRAINED_TOKENIZER, Model, Refused
 
 if TYPE_CHECKING:
     from heliostat.tasks import Task
 
 END_OF_TEXT = "<|endoftext|>"
-TRAINED_TOKENIZER = "train:"
 
 
 def resolve(name: str) -> str:
     """The directory (or hub id) behind a model's name."""
-    if name.startswith("packaged:"):
-        return str(packaged_model(name.removeprefix("packaged:")))
-    path = Path(name).expanduser()
-    if name.startswith(("/", "./", "../", "~")) and not (path / "config.json").is_file():
-        raise Refused("model.name", f"{path} is not a model in Hugging Face format: it has no config.json")
-    return str(path) if path.is_dir() else name
+    if name.startswith(PREFIX):
+        return str(packaged_model(name.removeprefix(PREFIX)))
+    return str(model_folder(name) or name)
 
 
 def transformers_config(model: Model, **fields: Any) -> transformers.PretrainedConfig:

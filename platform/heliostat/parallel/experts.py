@@ -9,11 +9,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from heliostat.parallel.plans import pattern_of
+from heliostat.planner.plans import EXPERT_MODULE, EXPERT_SHARD, pattern_of
 from heliostat.recipe import Refused
-
-PARAMETERS, MODULES = "grouped_gemm", "ep_dispatch_experts"
-"""transformers' names for the styles of expert parameters, stacked along their first axis, and of what holds them."""
 
 
 def expert_modules(model: Any, degree: int) -> dict[str, nn.Module]:
@@ -23,11 +20,11 @@ def expert_modules(model: Any, degree: int) -> dict[str, nn.Module]:
     if not declared:
         raise Refused("parallelism.expert", f"{family} declares no expert-parallel plan", "use expert=1")
     for style in declared.values():
-        if style not in (PARAMETERS, MODULES):
+        if style not in (EXPERT_SHARD, EXPERT_MODULE):
             raise Refused(
                 "parallelism.expert", f"{family} asks for the style {style!r}, which is not supported", "use expert=1"
             )
-    patterns = {f"{model.base_model_prefix}.{name}" for name, style in declared.items() if style == MODULES}
+    patterns = {f"{model.base_model_prefix}.{name}" for name, style in declared.items() if style == EXPERT_MODULE}
     found = {name: module for name, module in model.named_modules() if pattern_of(name) in patterns}
     if not found:
         raise Refused("parallelism.expert", f"this {family} has no layer of experts", "use expert=1")
@@ -47,7 +44,7 @@ def shard_experts(modules: list[nn.Module], expert_mesh: DeviceMesh, tensor_mesh
     from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
-    shard, dispatch = ALL_PARALLEL_STYLES[PARAMETERS], EpDispatchExpertsParallel()
+    shard, dispatch = ALL_PARALLEL_STYLES[EXPERT_SHARD], EpDispatchExpertsParallel()
     for module in modules:
         for name, _ in list(module.named_parameters(recurse=False)):
             shard.shard_param(module, name, expert_mesh)

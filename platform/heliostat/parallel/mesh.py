@@ -55,9 +55,14 @@ class Layout:
             dist.all_reduce(sums)
 
 
+def this_device() -> torch.device:
+    """What this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def make_layout(parallelism: Parallelism) -> Layout:
     """Collective: every rank must call it, in the same order. Without a process group: a single process."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = this_device()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if parallelism.workers > 1:
             raise Refused("parallelism.workers", f"{parallelism.workers} workers, but one process runs")

@@ -30,9 +30,10 @@ from heliostat.parallel.context import split_context
 from heliostat.parallel.experts import expert_modules, shard_experts, slice_experts
 from heliostat.parallel.loss import split_vocabulary
 from heliostat.parallel.mesh import Layout
-from heliostat.parallel.plans import PassThrough, Stage, pattern_of, split_stages, tensor_plan
+from heliostat.parallel.plans import PassThrough, Stage, split_stages, tensor_plan
 from heliostat.parallel.recompute import set_recompute
 from heliostat.parallel.sequence import split_positions
+from heliostat.planner.plans import pattern_of
 from heliostat.recipe import PipelineSchedule, Recipe, Refused
 from heliostat.tasks import Batch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,35 +13,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from heliostat.models.load import blocks
 from heliostat.parallel.sequence import FIELD as SEQUENCE
 from heliostat.parallel.sequence import POSITIONS, GatherPositions
+from heliostat.planner.plans import (
+    EXPERT_PARAMETERS,
+    EXPERTS,
+    GRAD_SUM,
+    TENSOR_PLANS,
+    local_stages,
+    pattern_of,
+    stage_bounds,
+)
 from heliostat.recipe import Parallelism, PipelineSchedule, Refused
-
-GRAD_SUM = "replicated_with_grad_allreduce"
-"""transformers' name for replicated modules that see this rank's heads only: their gradients are summed."""
-EXPERTS = "moe_tp_experts"
-"""Its name for modules that hold a slice of every expert, and whose outputs are summed."""
-EXPERT_PARAMETERS = ("packed_colwise", "colwise", "rowwise")
-"""Its names for how the experts' parameters, stacked along their first axis, are sliced. Packed: gate and up in one."""
-
-
-TENSOR_PLANS = {
-    "bert": {
-        "encoder.layer.*.attention.self.query": "colwise",
-        "encoder.layer.*.attention.self.key": "colwise",
-        "encoder.layer.*.attention.self.value": "colwise",
-        "encoder.layer.*.attention.output.dense": "rowwise",
-        "encoder.layer.*.intermediate.dense": "colwise",
-        "encoder.layer.*.output.dense": "rowwise",
-    },
-    "vit": {
-        "layers.*.attention.q_proj": "colwise",
-        "layers.*.attention.k_proj": "colwise",
-        "layers.*.attention.v_proj": "colwise",
-        "layers.*.attention.o_proj": "rowwise",
-        "layers.*.mlp.fc1": "colwise",
-        "layers.*.mlp.fc2": "rowwise",
-    },
-}
-"""By `model_type`, for families that declare none of their own."""
 
 
 def tensor_plan(
@@ -146,26 +126,12 @@ def _whole_head(model: Any, head: Any, degree: int) -> str:
     return f"has a vocabulary of {size}, which tensor={degree} does not divide" if size % degree else ""
 
 
-def pattern_of(name: str) -> str:
-    """A module's name as plans write it: the same for every layer."""
-    return re.sub(r"\.\d+\.", ".*.", name)
-
-
 def pipeline_modules(model: Any) -> list[str]:
     """Names of the base model's children in the order in which a batch meets them."""
     declared = getattr(model.config, "base_model_pp_plan", None)
     if not declared:
         raise Refused("parallelism.pipeline", f"{type(model).__name__} declares no pipeline plan", "use pipeline=1")
     return list(declared)
-
-
-def local_stages(schedule: PipelineSchedule, rank: int, ranks: int) -> list[int]:
-    """The stages that pipeline rank `rank` of `ranks` holds, in the model's order. Every rank holds equally many."""
-    if schedule == "interleaved":
-        return [rank, rank + ranks]
-    if schedule == "zbv":  # down one leg of the V and up the other: the first rank holds both ends
-        return [rank, 2 * ranks - 1 - rank]
-    return [rank]
 
 
 def split_stages(model: Any, schedule: PipelineSchedule, rank: int, ranks: int) -> list[Stage]:
@@ -191,7 +157,7 @@ def split_stages(model: Any, schedule: PipelineSchedule, rank: int, ranks: int) 
             f"{type(model).__name__} ties its embeddings, which the first and the last stage would both hold",
             "set model.config tie_word_embeddings false, or use pipeline=1",
         )
-    bounds = [round(i * len(blocks) / count) for i in range(count + 1)]
+    bounds = stage_bounds(len(blocks), count)
     if schedule == "zbv":
         _check_first_stage([getattr(model.base_model, first), *blocks[: bounds[1]]])
 

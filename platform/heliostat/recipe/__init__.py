@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from heliostat.recipe.sections import (
     SHARD_AXES,
@@ -23,6 +25,7 @@ from heliostat.recipe.sections import (
     Choice,
     Data,
     Deploy,
+    Energy,
     Gate,
     Integers,
     LogUniform,
@@ -46,12 +49,15 @@ from heliostat.recipe.sections import (
 )
 
 __all__ = [
+    "OPEN",
     "RECIPE_VERSION",
     "SHARD_AXES",
     "SHARD_OPTIONS",
+    "TRAINED_TOKENIZER",
     "Choice",
     "Data",
     "Deploy",
+    "Energy",
     "Integers",
     "LogUniform",
     "Lora",
@@ -71,14 +77,22 @@ __all__ = [
     "build",
     "field_paths",
     "load",
+    "load_object",
     "nearest",
     "override",
     "refusal",
+    "refusals",
     "sections",
     "write_atomically",
 ]
 
 RECIPE_VERSION: Literal[1] = 1
+TRAINED_TOKENIZER = "train:"
+"""What `model.tokenizer` begins with where one is trained."""
+
+
+OPEN = "model.config."
+"""Below this, paths go on with names that are not the recipe's own, but transformers'."""
 
 
 class Recipe(Section):
@@ -101,6 +115,7 @@ class Recipe(Section):
     gate: Gate = Gate()
     deploy: Deploy = Deploy()
     rollout: Rollout = Rollout()
+    energy: Energy = Energy()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -138,9 +153,20 @@ class Recipe(Section):
             )
         for path, spec in self.tune.space.items():
             values = spec.values if isinstance(spec, Choice) else [spec.low, spec.high]
+            together = self._together(path, spec)
             for value in values:
-                override(self, {path: value}, check_tune=False)
+                override(self, together | {path: value}, check_tune=False)
         return self
+
+    def _together(self, path: str, spec: SearchRange) -> dict[str, Any]:
+        """What goes with any value of a path of the space: its conditions are met, and what depends on it is out of the
+        way."""
+        defaults = {
+            other: sections(Recipe)[other.rpartition(".")[0]].model_fields[other.rpartition(".")[2]].get_default()
+            for other, each in self.tune.space.items()
+            if path in each.when and "." in other and not other.startswith(OPEN)
+        }
+        return defaults | {condition: allowed[0] for condition, allowed in spec.when.items()}
 
     def _check_rounds(self, rows: int) -> None:
         """`rows`: those of one micro-batch over all workers. Interleaving goes through the stages in rounds of about
@@ -207,12 +233,13 @@ def build(tree: dict[str, Any]) -> Recipe:
 
 
 def override(recipe: Recipe, values: dict[str, Any], check_tune: bool = True) -> Recipe:
-    """The recipe with fields replaced by dotted path: `override(r, {"optimizer.lr": 3e-4})`."""
+    """The recipe with fields replaced by dotted path: `override(r, {"optimizer.lr": 3e-4})`. `model.config.FIELD` lays
+    one more field over the model's configuration."""
     tree = recipe.model_dump(mode="json")
     if not check_tune:
         tree["tune"]["space"] = {}
     for path, value in values.items():
-        if path not in field_paths():
+        if path not in field_paths() and not path.startswith(OPEN):
             raise Refused(path, "no such field in a recipe", nearest(path))
         *parents, leaf = path.split(".")
         node = tree
@@ -253,17 +280,39 @@ def nearest(path: str, among: list[str] | None = None) -> str:
     return f"did you mean {match[0]}?" if match else ""
 
 
+def load_object(path: str, field_name: str) -> Any:
+    """`module:name`, imported."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise Refused(
+            field_name, f"cannot import {module_name!r}: {error}", "start the job in the folder that holds it"
+        ) from error
+    if not hasattr(module, name):
+        raise Refused(field_name, f"{module_name!r} has no {name!r}", nearest(name, dir(module)))
+    return getattr(module, name)
+
+
 def refusal(error: ValidationError) -> Refused:
     """The first mistake that pydantic found, in words."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "recipe"
-    cause = first.get("ctx", {}).get("error")
+    return refusals(error)[0]
+
+
+def refusals(error: ValidationError) -> list[Refused]:
+    """All of them."""
+    return [_in_words(each) for each in error.errors(include_url=False)]
+
+
+def _in_words(mistake: ErrorDetails) -> Refused:
+    field = ".".join(str(part) for part in mistake["loc"]) or "recipe"
+    cause = mistake.get("ctx", {}).get("error")
     if isinstance(cause, Refused):
         return cause
-    if first["type"] == "extra_forbidden":
+    if mistake["type"] == "extra_forbidden":
         return Refused(field, "no such field in a recipe", nearest(field))
-    reason = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
+    reason = mistake["msg"].removeprefix("Value error, ")
+    given = mistake.get("input")
     if isinstance(given, str | int | float | bool):
         reason += f", got {given!r}"
     return Refused(field, reason)

@@ -222,6 +222,10 @@ class Parallelism(Section):
         """Workers that hold one copy of the model."""
         return math.prod(getattr(self, axis) for axis in SHARD_AXES)
 
+    def worker_resources(self, use_gpu: bool) -> dict[str, float]:
+        """What each worker takes of a cluster, by Ray's names."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+
     @model_validator(mode="after")
     def _divides(self) -> Parallelism:
         if self.workers % self.shards:
@@ -323,12 +327,15 @@ class Tune(Section):
     """What ends trials early, by the metric that they report; `pbt` has them go on from better ones' weights, with
     changed values, as trials beyond `num_trials`."""
     objectives: list[str] = []
-    """What is to be good at once: the task's metric, `seconds` (of training), `parameters`. Empty: the metric."""
+    """What is to be good at once: the task's metric, `seconds` (of training), `parameters`, `joules` (of training,
+    estimated), `latency` (median seconds that the trained model takes for one row). Empty: the metric."""
     num_trials: PositiveInt = 4
     hours: PositiveFloat | None = None
     """After so many no trial starts, and those that run end at their next report; resumed searches count on."""
     gpu_hours: PositiveFloat | None = None
     """The same for the sum over GPUs."""
+    kwh: PositiveFloat | None = None
+    """The same for the energy that trials took, as estimated from `energy`."""
     max_concurrent: Count = 0
     """0: as many as fit."""
     workers_per_trial: PositiveInt = 1
@@ -433,6 +440,15 @@ class Rollout(Section):
         if any(low >= high for low, high in pairwise(self.steps)):
             raise Refused("rollout.steps", f"{self.steps} do not rise", "name each share once, the smallest first")
         return self
+
+
+class Energy(Section):
+    """What energy is estimated from. Its defaults are Green Algorithms' for hardware that it does not know."""
+
+    cpu_watts: PositiveFloat = 12.0
+    """Of one busy processor core: the published power of the package by its cores."""
+    gpu_watts: PositiveFloat = 200.0
+    """Of one GPU that a run holds."""
 
 
 class Tracking(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,17 @@ Judge = Callable[[Any, Any], float | None]
 @dataclass
 class Outcome:
     failed: bool = False
+    refused: bool = False
+    """The answer was that the client is mistaken."""
     latency_s: float = math.nan
     """Until the answer began. NaN where there was none, or a refusal, which takes no time."""
     body: bytes = b""
-    """Of the answer, where it is to be judged and was not a stream."""
+    """Of the answer, where it was not a stream."""
+
+    def beside(self, stable: Outcome | None) -> Outcome:
+        """A refusal is the client's mistake where the old version refuses, too, and else a failure."""
+        answered = stable is not None and not math.isnan(stable.latency_s)
+        return replace(self, failed=self.failed or (self.refused and answered))
 
 
 @dataclass

@@ -6,7 +6,6 @@ Shapes: B rows of a micro-batch, T tokens, C classes, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from heliostat.recipe import Recipe, Refused, nearest
+from heliostat.recipe import Recipe, Refused, load_object, nearest
 
 BUILT_IN = {
     "text_classification": "heliostat.tasks.text_classification:TextClassification",
@@ -115,6 +114,11 @@ class Task:
         """Raise Refused for a model that cannot do what the recipe asks of this task. `model`: whole, on CPU, before it
         is laid out."""
 
+    def choices(self) -> dict[str, list[Any]]:
+        """Fields beside those of all tasks that a ready-made search tries, by path, with their values: preprocessing,
+        or what the model's family leaves open. Cheap: no data, no weights."""
+        return {}
+
     # -- from source rows to prepared rows
 
     def required_columns(self) -> list[str]:
@@ -184,20 +188,6 @@ class Task:
     def baseline(self, train: pa.Table, other: pa.Table) -> dict[str, np.ndarray] | None:
         """Row sums on `other` of the simplest honest method fitted on `train` (prepared rows)."""
         return None
-
-
-def load_object(path: str, field_name: str) -> Any:
-    """`module:name`, imported."""
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise Refused(
-            field_name, f"cannot import {module_name!r}: {error}", "start the job in the folder that holds it"
-        ) from error
-    if not hasattr(module, name):
-        raise Refused(field_name, f"{module_name!r} has no {name!r}", nearest(name, dir(module)))
-    return getattr(module, name)
 
 
 def get_task(recipe: Recipe, facts: dict[str, Any] | None = None) -> Task:

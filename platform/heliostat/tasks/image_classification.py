@@ -44,6 +44,9 @@ class ImageClassification(Task):
                 "raise training.micro_batch_size, or set model.sync_batch_norm false",
             )
 
+    def choices(self) -> dict[str, list[Any]]:
+        return {"data.augment": ["none", "crop", "crop_flip"]}
+
     def _has_batch_norm(self) -> bool:
         return any(isinstance(module, torch.nn.BatchNorm2d) for module in on_meta(self).modules())
 

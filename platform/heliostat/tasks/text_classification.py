@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from heliostat.models.load import load_tokenizer
+from heliostat.models.load import load_tokenizer, transformers_config
 from heliostat.recipe import Refused
 from heliostat.tasks import (
     Batch,
@@ -23,12 +23,25 @@ from heliostat.tasks import (
     row_name,
 )
 
+POOLING = "classifier_pooling"
+"""What families call it that can classify by the first token or by the mean of all (ModernBERT)."""
+
 
 class TextClassification(Task):
     model_class = "AutoModelForSequenceClassification"
     metric = "accuracy"
     higher_is_better = True
     train_metrics = ("accuracy",)
+
+    def choices(self) -> dict[str, list[Any]]:
+        model = self.recipe.model
+        found: dict[str, list[Any]] = {
+            "model.max_length": [max(1, model.max_length // 2), model.max_length],
+            "model.truncation": ["head", "head_tail"],
+        }
+        if hasattr(transformers_config(model), POOLING):
+            found[f"model.config.{POOLING}"] = ["cls", "mean"]
+        return found
 
     def required_columns(self) -> list[str]:
         return [self.recipe.data.text_column, self.recipe.data.label_column]

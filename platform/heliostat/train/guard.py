@@ -38,6 +38,7 @@ class Guard:
         earlier = read_bad_steps(run_dir)
         self.left_out = {record["step"] for record in earlier if record["action"] == "restart"}
         self.count = sum(record["cause"] == "data" for record in earlier)
+        self.bad_steps = len(earlier)
         # Batch normalisation takes in a batch during the forward pass.
         self.statistics = [
             buffer
@@ -106,6 +107,7 @@ class Guard:
             )
 
     def _note(self, number: int, reason: str, cause: str, action: str) -> None:
+        self.bad_steps += 1
         if self.first:
             note(self.file, {"step": number, "reason": reason, "cause": cause, "action": action})
 

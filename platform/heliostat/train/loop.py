@@ -39,6 +39,7 @@ from heliostat.train.ledger import Ledger
 from heliostat.train.notes import note
 from heliostat.train.optim import MovingAverage, build_optimizer, lr_factor, set_lr, total_steps
 from heliostat.train.prefetch import Prefetcher
+from heliostat.train.pulse import Pulse
 from heliostat.train.samples import open_log
 from heliostat.train.step import StepResult, TrainStep, Wishes
 from heliostat.train.watchdog import Watchdog
@@ -94,12 +95,13 @@ class Run:
         watch: bool = False,
         fault: Fault | None = None,
         notice: Callable[[], float | None] = lambda: None,
-        observe: Callable[[int, int, dict[str, float]], None] = lambda attempt, step, seconds: None,
+        observe: Callable[[Pulse], None] = lambda pulse: None,
     ) -> None:
-        """`report` is called after each evaluation on every rank; `resume` is a checkpoint folder used when the
+        """`report` is called after each evaluation on every rank, with its figures and this rank's `loop_s` and
+        `loop_cpu_s`; `resume` is a checkpoint folder used when the
         run has none of its own; `watch` ends the process where it hangs; `fault` is injected, for a drill;
         `notice` says when this rank's machine will be taken away (Unix time), as far as is known;
-        `observe` gets the attempt's number, its step and its seconds by class on rank 0, a few times a second."""
+        `observe` is called on rank 0, a few times a second."""
         self.observe = observe
         self.recipe, self.prepared, self.run_dir = recipe, prepared, run_dir
         self.report, self.should_stop, self.write_bundle = report, should_stop, write_bundle
@@ -146,6 +148,8 @@ class Run:
         self.recorder = Recorder(run_dir / METRICS_FILE, self.first)
         # Steps that an earlier attempt made and lost are replayed.
         self.replay_until = self.recorder.last_step
+        self.figures: dict[str, float] = {}
+        self.tokens = 0.0
         self._stop_checked = 0.0
         self.samples = open_log(recipe, run_dir, self.layout, self.ledger, self.progress.step)
 
@@ -202,7 +206,7 @@ class Run:
         progress, ledger = self.progress, self.ledger
         pending: tuple[int, StepResult, float] | None = None
         self.parallel.runs.train()  # a pre-trained model comes in evaluation mode, without its dropout
-        started, cpu_started = time.perf_counter(), time.process_time()
+        self._began = time.perf_counter(), time.process_time()
         while progress.step < self.total:
             with ledger("input"):
                 batches = next(batches_by_step)
@@ -223,7 +227,7 @@ class Run:
                 self._record(*pending)
             pending = (progress.step, result, lr)
             if ledger.save(every_s=0.2):
-                self.observe(ledger.attempt, progress.step, ledger.seconds)
+                self.observe(self._pulse())
             self._beat()
             last = progress.step == self.total
             if last or self._evaluation_due():
@@ -245,8 +249,12 @@ class Run:
             if last:
                 break
         ledger.enter("checkpoint")  # or what is like one: the bundle
-        spent = {"loop_s": time.perf_counter() - started, "loop_cpu_s": time.process_time() - cpu_started}
-        return self._finish(status, spent)
+        return self._finish(status, self._spent())
+
+    def _spent(self) -> dict[str, float]:
+        """This process's time in the loop, and its processors'."""
+        wall, cpu = self._began
+        return {"loop_s": time.perf_counter() - wall, "loop_cpu_s": time.process_time() - cpu}
 
     def _beat(self) -> None:
         if self.watchdog is not None:
@@ -254,7 +262,21 @@ class Run:
 
     def _record(self, step: int, result: StepResult, lr: float) -> None:
         if self.first:
-            self.recorder.step(step, result.figures() | {"lr": lr})
+            self.figures = result.figures()
+            self.tokens += self.figures["tokens"]
+            self.recorder.step(step, self.figures | {"lr": lr})
+
+    def _pulse(self) -> Pulse:
+        return Pulse(
+            self.ledger.attempt,
+            self.progress.step,
+            self.ledger.seconds,
+            self.figures,
+            self.tokens,
+            self.flops_per_token,
+            self.checkpoints.completed,
+            self.guard.bad_steps,
+        )
 
     def _input(self) -> Generator[list[Batch], None, None] | Prefetcher[Cursor, list[Batch]]:
         """The batches of the steps that are left, on CPU."""
@@ -309,7 +331,8 @@ class Run:
                 self.average.swap()
         self.recorder.evaluation(progress.step, figures)
         if self.report is not None:
-            self.report({"step": progress.step, "epochs": progress.step / self.loader.batches_per_epoch, **figures})
+            epochs = progress.step / self.loader.batches_per_epoch
+            self.report({"step": progress.step, "epochs": epochs, **self._spent(), **figures})
         patience = training.early_stopping_patience
         return bool(patience and progress.evaluations_without_gain >= patience)
 

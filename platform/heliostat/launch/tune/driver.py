@@ -30,6 +30,8 @@ class Running:
     """Of its last report."""
     heard: float = field(default_factory=time.monotonic)
     """When something was last heard of it."""
+    budget: str = ""
+    """The one that ends it."""
 
 
 class Driver:
@@ -55,8 +57,11 @@ class Driver:
         self.waiting = dict(study.interrupted)
         """Trials that have values and no runner: of an earlier session, or there was no room."""
         self.deaths: Counter[int] = Counter()
+        self.budget = ""
+        """The one that was spent before all trials were made."""
 
-    def run(self) -> None:
+    def run(self) -> str:
+        """Returns the budget that ended the search, as the field that gives it."""
         try:
             while True:
                 self._start()
@@ -71,16 +76,18 @@ class Driver:
             for _, runner in self.idle:
                 self.ray.kill(runner)
             self.study.note()
+        return self.budget or self.study.whole
 
     # -- starting trials
 
     def _start(self) -> None:
         while not self.max_concurrent or len(self.running) < self.max_concurrent:
-            if self.study.spent():
+            if not self.waiting and self.study.founded >= self.study.number:
+                return
+            if budget := self.study.spent():
+                self.budget = budget
                 return
             if not self.waiting:
-                if self.study.founded >= self.study.number:
-                    return
                 number, values = self.study.ask()
                 self.waiting[number] = values
             number, values = next(iter(self.waiting.items()))
@@ -139,9 +146,14 @@ class Driver:
             self._died(trial, error)
             return
         if what == "report":
-            at, trial.figures = said
-            go_on = self.study.report(trial.number, at, trial.figures) and not self.study.spent()
-            self.running[trial.runner.event.remote(go_on)] = trial
+            at, figures = said
+            self.study.joules += figures.get("joules", 0.0) - trial.figures.get("joules", 0.0)
+            trial.figures = figures
+            go_on = self.study.report(trial.number, at, figures)
+            if go_on:
+                trial.budget = self.study.spent()
+                self.budget = self.budget or trial.budget
+            self.running[trial.runner.event.remote(go_on and not trial.budget)] = trial
             self.reported()
             return
         if trial.held:
@@ -165,9 +177,9 @@ class Driver:
 
     def _stopped(self, trial: Running) -> None:
         reason = ""
-        if budget := self.study.spent():
-            reason = f"{budget} is spent"
-        elif successor := self.study.succeed(trial.number):
+        if trial.budget:
+            reason = f"{trial.budget} is spent"
+        elif not self.study.spent() and (successor := self.study.succeed(trial.number)):
             number, values, origin = successor
             reason = f"trial {number} takes its place, from trial {origin.trial}'s report {origin.report}"
             self.waiting = {number: values} | self.waiting

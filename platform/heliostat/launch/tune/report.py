@@ -12,9 +12,10 @@ from typing import Any
 
 import optuna
 
+from heliostat.energy import ESTIMATED, JOULES_PER_KWH
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.study import Study
-from heliostat.launch.tune.watch import short
+from heliostat.launch.tune.watch import columns
 from heliostat.recipe import write_atomically
 
 REPORT_FILE = "report.html"
@@ -40,7 +41,7 @@ def write_report(study: Study, path: Path) -> None:
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Search {name}</title><style>{STYLE}</style></head><body>
 <h1>Search {name}</h1>
-<p>{said}; {study.seconds / 60:.1f} minutes.</p>
+<p>{said}; {study.seconds / 60:.1f} minutes, {study.joules / JOULES_PER_KWH:.2g} kWh ({ESTIMATED}).</p>
 {"".join(plots)}
 <h2>Trials, best first</h2>
 {_table(rows)}
@@ -107,15 +108,12 @@ def _code() -> str:
     return f"<script>{get_plotlyjs()}</script>"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    paths = list(dict.fromkeys(path for row in rows for path in row["values"]))
-    others = [name for name in rows[0] if name not in ("values", "curve")] if rows else []
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in [*paths, *others])
+def _table(trials: list[dict[str, Any]]) -> str:
+    heads, rows = columns(trials[:ROWS])
     body = []
-    for row in rows[:ROWS]:
-        cells = [row["values"].get(path) for path in paths] + [row[name] for name in others]
-        texts = ("" if cell is None else html.escape(short(cell)) for cell in cells)
-        weight = ' style="font-weight: 600"' if row["pareto"] and row["state"] == DONE else ""
-        body.append(f"<tr{weight}>{''.join(f'<td>{text}</td>' for text in texts)}</tr>")
-    more = f"<p>… and {len(rows) - ROWS} more.</p>" if len(rows) > ROWS else ""
+    for trial, row in zip(trials, rows, strict=False):
+        weight = ' style="font-weight: 600"' if trial["pareto"] and trial["state"] == DONE else ""
+        body.append(f"<tr{weight}>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    more = f"<p>… and {len(trials) - ROWS} more.</p>" if len(trials) > ROWS else ""
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>{more}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from heliostat.launch.tune.population import CHANGEABLE
+from heliostat.models.load import transformers_config
 from heliostat.recipe import (
+    OPEN,
     SHARD_AXES,
     SHARD_OPTIONS,
     Choice,
@@ -25,12 +28,19 @@ from heliostat.train.optim import total_steps
 if TYPE_CHECKING:
     from optuna import Trial
 
-SHARED = ("data.", "model.name", "model.max_length", "seed", "name", "storage", "task", "tune.", "tracking.", "deploy.")
-"""Beginnings of the paths that all trials share: they read the same prepared rows."""
-OWN = ("data.augment", "data.bucket_batches")
+ROWS = ("data.sequence_length", "data.pack", "data.isolate_documents", "model.max_length", "model.truncation")
+"""Paths that shape prepared rows and not what is in a split: rows are prepared for each of their values."""
+MOST_ROWS = 16
+"""Kinds of prepared rows in one search."""
+SHARED = (
+    *("data.", "model.name", "model.tokenizer"),  # trials would not be measured by the same rows or tokens
+    *("seed", "name", "storage", "task", "tune.", "energy.", "tracking.", "deploy."),
+)
+"""Beginnings of the paths that all trials share."""
+OWN = ("data.augment", "data.bucket_batches", *ROWS)
 """Of those, what a trial may have for itself."""
-COSTS = {"seconds": False, "parameters": False}
-"""Objectives beside the task's metric, and whether more of them is better."""
+COSTS = ("seconds", "parameters", "joules", "latency")
+"""Objectives beside the task's metric: less of them is better."""
 SINGLE_VALUE = ("asha", "hyperband", "median", "pbt")
 
 
@@ -41,13 +51,18 @@ def check_space(recipe: Recipe, task: Task) -> None:
         raise Refused(
             "tune.space",
             "nothing is searched",
-            'e.g. --tune.space \'{"optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-3}}\'',
+            'e.g. --tune.space \'{"optimizer.lr": {"kind": "log_uniform", "low": 1e-5, "high": 1e-3}}\', or --auto',
         )
     for path, spec in tune.space.items():
         if path.startswith(SHARED) and not path.startswith(OWN):
             raise Refused(
-                "tune.space", f"{path} cannot be searched: trials share the prepared rows", f"set {path} itself"
+                "tune.space", f"{path} cannot be searched: it is the same for all trials", f"set {path} itself"
             )
+        if path.startswith(OPEN):
+            value = spec.values[0] if isinstance(spec, Choice) else spec.low
+            transformers_config(override(recipe, {path: value}, check_tune=False).model)  # which knows its fields
+        if path in ROWS and not isinstance(spec, Choice):
+            raise Refused("tune.space", f"rows are prepared for each value of {path} beforehand", "use choice")
         if tune.scheduler == "pbt" and (spec.when or not path.startswith(CHANGEABLE)):
             raise Refused(
                 "tune.space",
@@ -56,6 +71,9 @@ def check_space(recipe: Recipe, task: Task) -> None:
             )
         if tune.algorithm == "grid" and (spec.when or not isinstance(spec, Choice | Integers)):
             raise Refused("tune.space", f"a grid has no points for {path}", "use choice or int, without when")
+    if (kinds := len(row_choices(tune.space))) > MOST_ROWS:
+        among = ", ".join(path for path in tune.space if path in ROWS)
+        raise Refused("tune.space", f"{among} make {kinds} kinds of prepared rows", f"at most {MOST_ROWS}")
     names = objectives(recipe, task)
     for name in names:
         if name != task.metric and name not in COSTS:
@@ -72,7 +90,7 @@ def check_space(recipe: Recipe, task: Task) -> None:
 def objectives(recipe: Recipe, task: Task) -> dict[str, bool]:
     """Each objective, and whether more of it is better."""
     names = recipe.tune.objectives or [task.metric]
-    return {name: task.higher_is_better if name == task.metric else COSTS.get(name, False) for name in names}
+    return {name: name == task.metric and task.higher_is_better for name in names}
 
 
 def draw(trial: Trial, space: dict[str, SearchRange]) -> dict[str, Any]:
@@ -98,6 +116,23 @@ def grid(space: dict[str, SearchRange]) -> list[dict[str, Any]]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*points)]
 
 
+def row_choices(space: dict[str, SearchRange]) -> list[dict[str, Any]]:
+    """The values of `ROWS` that trials may have together; a path is absent where its condition may fail."""
+    absent = object()
+    points = [
+        [(path, value) for value in (*spec.values, *([absent] if spec.when else []))]
+        for path, spec in space.items()
+        if path in ROWS and isinstance(spec, Choice)
+    ]
+    return [{path: value for path, value in each if value is not absent} for each in itertools.product(*points)]
+
+
+def row_settings(recipe: Recipe, values: dict[str, Any] | None = None) -> tuple[Any, ...]:
+    """What `ROWS` are of a recipe with a trial's values: equal where prepared rows are."""
+    own = zip(ROWS, attrgetter(*ROWS)(recipe), strict=True)
+    return tuple((values or {}).get(path, value) for path, value in own)
+
+
 def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
     """What a trial runs: data-parallel workers unless the layout is searched, few of the training rows,
     `tune.reports` evaluations at even distances, and the searched values."""
@@ -121,7 +156,10 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
     )
     global_batch_size = chosen.training.global_batch_size
     steps = total_steps(chosen.schedule, math.ceil(min(rows, limit or rows) / global_batch_size))
-    own: dict[str, Any] = {"training.evaluate_every_steps": math.ceil(steps / recipe.tune.reports)}
+    own: dict[str, Any] = {
+        "training.evaluate_every_steps": math.ceil(steps / recipe.tune.reports),
+        "training.keep_best": False,  # what is reported last is of the last weights
+    }
     if recipe.tune.scheduler == "pbt":  # others go on from here
         own |= {
             "checkpoint.every_steps": own["training.evaluate_every_steps"],
@@ -135,8 +173,8 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
 
 def needs(recipe: Recipe, use_gpu: bool) -> dict[str, float]:
     """What a trial takes of a cluster."""
-    workers = recipe.parallelism.workers
-    return {"CPU": workers * recipe.parallelism.cpus_per_worker} | ({"GPU": float(workers)} if use_gpu else {})
+    parallelism = recipe.parallelism
+    return {name: parallelism.workers * amount for name, amount in parallelism.worker_resources(use_gpu).items()}
 
 
 def trials_at_once(recipe: Recipe, nodes: list[dict[str, float]], where: str) -> int:

@@ -15,12 +15,13 @@ from typing import Any
 import optuna
 from optuna.trial import Trial, TrialState
 
+from heliostat.energy import JOULES_PER_KWH
+from heliostat.launch.tune import STUDY_FILE
 from heliostat.launch.tune.population import explored, source
 from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED, Origin
 from heliostat.launch.tune.space import draw, grid
 from heliostat.recipe import Refused, Tune
 
-STUDY_FILE = "study.db"
 SAID = "heliostat"
 """The attribute of a trial that holds how it ended: state, figures, reason."""
 ORIGIN = "heliostat.origin"
@@ -76,6 +77,8 @@ class Study:
         self.begun_s = time.time()
         attributes = self.disk.get_study_user_attrs(self._disk_id)
         self._earlier_s, self.gpu_s = attributes.get("seconds", 0.0), attributes.get("gpu_seconds", 0.0)
+        self.joules = attributes.get("joules", 0.0)
+        """That trials have taken, as they reported them."""
         self._noted = self.begun_s
         self.founded = 0
         """Trials that began with weights of their own."""
@@ -124,7 +127,15 @@ class Study:
             return f"tune.hours={tune.hours:g}"
         if tune.gpu_hours is not None and self.gpu_s >= tune.gpu_hours * 3600:
             return f"tune.gpu_hours={tune.gpu_hours:g}"
+        if tune.kwh is not None and self.joules >= tune.kwh * JOULES_PER_KWH:
+            return f"tune.kwh={tune.kwh:g}"
         return ""
+
+    @property
+    def whole(self) -> str:
+        """What ends a search of which no other budget is spent."""
+        every = self.combinations is not None and self.number == len(self.combinations)
+        return f"tune.space, {self.number} combinations" if every else f"tune.num_trials={self.number}"
 
     def ask(self) -> tuple[int, dict[str, Any]]:
         """The next trial's number and values."""
@@ -203,6 +214,7 @@ class Study:
         self._noted = time.time()
         self.disk.set_study_user_attr(self._disk_id, "seconds", self.seconds)
         self.disk.set_study_user_attr(self._disk_id, "gpu_seconds", self.gpu_s)
+        self.disk.set_study_user_attr(self._disk_id, "joules", self.joules)
 
     def rows(self) -> list[dict[str, Any]]:
         """Trials that have ended, the best first, by the first objective; those without a value last. `pareto` says of

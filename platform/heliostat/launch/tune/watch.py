@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from heliostat.energy import ESTIMATED
 from heliostat.launch.tune.study import Study
 
 SHOWN = 20
@@ -65,13 +66,24 @@ class Watch:
 
 def trials_table(trials: list[dict[str, Any]], title: str) -> Table:
     """`trials`: as the study lists them, at least one."""
+    heads, rows = columns(trials)
+    table = Table(*heads, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def columns(trials: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What a table of trials has at its head, and a row for each: the values that were searched, the figures, and last
+    why one failed."""
     paths = list(dict.fromkeys(path for trial in trials for path in trial["values"]))
     others = list(dict.fromkeys(name for trial in trials for name in trial if name not in ("values", "curve", "error")))
-    table = Table(*paths, *others, "error", title=title)
-    for trial in trials:
-        figures = [trial["values"].get(path) for path in paths] + [trial.get(name) for name in others]
-        table.add_row(*("" if figure is None else short(figure) for figure in figures), trial["error"] or "")
-    return table
+    cells = [
+        [trial["values"].get(path) for path in paths] + [trial.get(name) for name in (*others, "error")]
+        for trial in trials
+    ]
+    heads = [*paths, *(f"{name} ({ESTIMATED})" if name == "joules" else name for name in others), "error"]
+    return heads, [["" if cell is None else short(cell) for cell in row] for row in cells]
 
 
 def short(value: Any) -> str:

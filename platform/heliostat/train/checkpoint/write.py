@@ -48,6 +48,8 @@ class Writer:
         self.stage = Stage() if asynchronous else None
         self.write_s = 0.0
         """What the last one took to write, while training went on."""
+        self.completed = time.time()
+        """When the last one was complete (Unix time); before there was one, when this writer was made."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -101,6 +103,7 @@ class Writer:
             except DiskFull:
                 self._together(lambda: self._tidy(1))
                 self._publish(step, trainer, state)
+            self.completed = time.time()
             self._together(lambda: self._tidy(self.keep))
         except DiskFull as error:
             self._error = error
