@@ -9,6 +9,9 @@ from typing import Any
 from heliostat.tasks.text_classification import TextClassification
 from tests.recipes import WORDS
 
+LABELLED = WORDS[:7], WORDS[8:]
+"""Words of dark and of bright texts alone (`tests.recipes.text_file`)."""
+
 
 class Failing(TextClassification):
     """Every third forward pass raises, from the fourth on: the first ones are those of loading."""
@@ -29,7 +32,6 @@ class Late(TextClassification):
 
 
 def right(request: Any, answer: Any) -> float:
-    """Whether the label is the one that the words decide (`tests.recipes.text_file`)."""
-    found = zip(request["inputs"], answer["predictions"], strict=True)
-    labels = ["dark" if item["text"].split()[-1] in WORDS[:7] else "bright" for item, _ in found]
-    return sum(each["label"] == label for each, label in zip(answer["predictions"], labels, strict=True)) / len(labels)
+    """Whether the label is the one that the words decide."""
+    label = "dark" if request["inputs"][0]["text"].split()[0] in LABELLED[0] else "bright"
+    return float(answer["predictions"][0]["label"] == label)

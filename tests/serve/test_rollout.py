@@ -9,13 +9,16 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
 
 from heliostat import registry
 from heliostat.models import bundle as bundles
@@ -24,9 +27,11 @@ from heliostat.recipe import Recipe, Refused, override
 from heliostat.train.loop import train
 from pipelines.rollout import rollout
 from serve.application import deploy
+from serve.rollout import HEARD_S, ROUTER
 from tests import recipes
-from tests.bundles import image_bundle
+from tests.bundles import image_bundle, write
 from tests.ports import free_port
+from tests.versions import LABELLED
 
 SETTINGS = {
     "deploy.max_replicas": 1,
@@ -44,19 +49,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipes.tiny_bert(tmp_path_factory.mktemp("rollout"), **SETTINGS, **{"deploy.port": free_port()})
 
 
-def trained(recipe: Recipe, name: str, **overrides: Any) -> Bundle:
-    recipe = override(recipe, overrides)
-    return bundles.read(Path(train(recipe, recipes.prepared(recipe).folder, recipe.storage_path / name)["bundle"]))
-
-
 @pytest.fixture(scope="module")
 def first(recipe: Recipe) -> Bundle:
-    return trained(recipe, "first", **{"schedule.max_steps": 30})
+    trained = override(recipe, {"schedule.max_steps": 60})
+    return bundles.read(Path(train(trained, recipes.prepared(trained).folder, recipe.storage_path / "first")["bundle"]))
 
 
-@pytest.fixture(scope="module")
-def good(recipe: Recipe) -> Bundle:
-    return trained(recipe, "good", **{"schedule.max_steps": 30, "seed": 1})
+def untrained(recipe: Recipe, first: Bundle, seed: int, task: str = "text_classification") -> Bundle:
+    recipe = override(recipe, {"seed": seed, "task": task})
+    return bundles.read(
+        write(recipe.storage_path / f"untrained-{seed}", recipe, first.processor(), first.card["facts"])
+    )
 
 
 @dataclass
@@ -71,14 +74,14 @@ class Load:
         words = random.Random(number)
         with httpx.Client(timeout=60) as client:
             while not self.over.is_set():
-                inputs = [{"text": " ".join(words.choices(recipes.WORDS, k=4))}]
+                inputs = [{"text": " ".join(words.choices(words.choice(LABELLED), k=4))}]
                 try:
                     self.answers.append(client.post(f"{self.url}/predict", json={"inputs": inputs}))
                 except httpx.HTTPError as error:
                     self.answers.append(error)
 
     def __enter__(self) -> Load:
-        self.clients = [threading.Thread(target=self.ask, args=(number,)) for number in range(4)]
+        self.clients = [threading.Thread(target=self.ask, args=(number,)) for number in range(3)]
         for client in self.clients:
             client.start()
         return self
@@ -88,6 +91,11 @@ class Load:
         self.over.set()
         for client in self.clients:
             client.join()
+
+    @property
+    def last(self) -> str:
+        """Whose the last answer was."""
+        return self.answers[-1].json()["version"] if self.answers else ""
 
     @property
     def versions(self) -> Counter[str]:
@@ -108,94 +116,126 @@ def load(ray_cluster: None, recipe: Recipe, first: Bundle) -> Iterator[Load]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _after(ray_cluster: None) -> Iterator[None]:
-    from ray import serve
-
     yield
     serve.shutdown()
 
 
 def applications() -> dict[str, Any]:
-    from ray.serve.context import _get_global_client
-
     return _get_global_client().get_serve_details()["applications"]
 
 
-def kill_replica(application: str, deployment: str) -> None:
-    replica = applications()[application]["deployments"][deployment]["replicas"][0]
+def wait(until: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 200
+    while not until():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def kill_replica(application: str) -> None:
+    replica = applications()[application]["deployments"]["classifier"]["replicas"][0]
     os.kill(replica["pid"], signal.SIGKILL)
 
 
-def test_a_good_canary_is_promoted_though_replicas_are_killed(recipe: Recipe, good: Bundle, load: Load) -> None:
-    killed: list[str] = []
-    champion = registry.champion(recipe)
-    assert champion is not None
-    before = str(champion.version)
+@dataclass
+class Killer:
+    """While two versions live, both lose their replicas: the old one's dies once it is behind the router, and the new
+    one's once it answers, or where it only gets copies, some time later."""
 
-    def kill() -> None:
-        while not load.answers or load.answers[-1].json()["version"] == before:  # until there are two
-            time.sleep(0.01)
-        for application in (recipe.name, f"{recipe.name}-candidate"):
-            kill_replica(application, "classifier")
-            killed.append(application)
-            time.sleep(5)
+    recipe: Recipe
+    load: Load
+    shadow: bool = False
+    killed: list[str] = field(default_factory=list)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = rollout(override(recipe, {"rollout.requests_per_step": 400}), good, "canary")
-    killer.join()
+    def kill(self) -> None:
+        controller = _get_global_client()._controller
+        wait(lambda: ROUTER in {each.name for each in ray.get(controller.get_all_endpoints.remote())})
+        time.sleep(HEARD_S)
+        before = self.load.last
+        kill_replica(self.recipe.name)
+        self.killed.append("old")
+        if self.shadow:
+            time.sleep(HEARD_S)
+        else:
+            wait(lambda: self.load.last != before)
+        kill_replica(f"{self.recipe.name}-candidate")
+        self.killed.append("new")
+
+    def __enter__(self) -> Killer:
+        self.thread = threading.Thread(target=self.kill)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.join()
+        assert self.killed == ["old", "new"]
+
+
+def served(url: str) -> str:
+    return httpx.get(f"{url}/healthz", timeout=60).json()["version"]
+
+
+def champion(recipe: Recipe) -> registry.Version:
+    found = registry.champion(recipe)
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+def test_a_good_canary_is_promoted_though_replicas_are_killed(recipe: Recipe, first: Bundle, load: Load) -> None:
+    with Killer(recipe, load):
+        result = rollout(override(recipe, {"rollout.requests_per_step": 400}), untrained(recipe, first, 1), "canary")
     assert result["decision"] == "promoted", result
-    assert len(killed) == 2
-    champion = registry.champion(recipe)
-    assert champion is not None
-    assert (champion.version, champion.tags["rollout.decision"]) == (result["version"], "promoted")
-    assert json.loads(champion.tags["rollout.evidence"]) == result["evidence"]
-    assert httpx.get(f"{load.url}/healthz").json()["version"] == str(result["version"])
+    now = champion(recipe)
+    assert (now.version, now.tags["rollout.decision"]) == (result["version"], "promoted")
+    assert json.loads(now.tags["rollout.evidence"]) == result["evidence"]
+    assert served(load.url) == str(result["version"])
     assert set(applications()) == {recipe.name}
     assert set(applications()[recipe.name]["deployments"]) == {"classifier"}
-    load.over.set()
     assert set(load.versions) == {str(result["from"]), str(result["version"])}
 
 
-@pytest.mark.parametrize("task", ["Failing", "Late"])
-def test_a_bad_canary_is_rolled_back(recipe: Recipe, load: Load, task: str) -> None:
-    bad = trained(recipe, task, task=f"tests.versions:{task}", **{"schedule.max_steps": 2})
+@pytest.mark.parametrize(
+    ("metric", "task"),
+    [("error_rate", "Failing"), pytest.param("latency", "Late", marks=pytest.mark.slow)],
+)
+def test_a_bad_canary_is_rolled_back(recipe: Recipe, first: Bundle, load: Load, metric: str, task: str) -> None:
+    bad = untrained(recipe, first, 2 if task == "Late" else 3, f"tests.versions:{task}")
     result = rollout(recipe, bad, "canary")
     assert result["decision"] == "rolled_back", result
-    metric = {"Failing": "error_rate", "Late": "latency"}[task]
     assert result["evidence"][metric]["verdict"] == "harm"
     assert registry.get(recipe, result["version"]).tags["rollout.decision"] == "rolled_back"
-    champion = registry.champion(recipe)
-    assert champion is not None
-    assert champion.version == result["from"]
-    assert httpx.get(f"{load.url}/healthz").json()["version"] == str(result["from"])
+    assert champion(recipe).version == result["from"]
+    assert served(load.url) == str(result["from"])
     assert load.versions
 
 
-def test_a_shadow_answers_nobody(recipe: Recipe, load: Load) -> None:
+@pytest.mark.slow
+def test_a_shadow_answers_nobody(recipe: Recipe, first: Bundle, load: Load) -> None:
     """It would fail every third request."""
-    bad = trained(recipe, "Shadow", task="tests.versions:Failing", **{"schedule.max_steps": 3})
-    result = rollout(recipe, bad, "shadow")
+    bad = untrained(recipe, first, 4, "tests.versions:Failing")
+    with Killer(recipe, load, shadow=True):
+        result = rollout(override(recipe, {"rollout.requests_per_step": 400}), bad, "shadow")
     assert result["decision"] == "rolled_back", result
+    assert result["evidence"]["error_rate"]["verdict"] == "harm"
     assert result["evidence"]["answers"]["candidate"] == result["evidence"]["answers"]["stable"] > 0
-    load.over.set()
+    assert served(load.url) == str(result["from"])
     assert set(load.versions) == {str(result["from"])}
 
 
-def test_blue_green_switches_back(recipe: Recipe, load: Load) -> None:
+@pytest.mark.slow
+def test_blue_green_switches_back(recipe: Recipe, first: Bundle, load: Load) -> None:
     """Nothing fails and nothing is late, but what was never trained is seldom right."""
-    unfit = trained(recipe, "unfit", **{"schedule.max_steps": 1, "optimizer.lr": 1e-9, "seed": 5})
-    judged = override(recipe, {"rollout.judge": "tests.versions:right", "rollout.quality_drop": 0.3})
-    result = rollout(judged, unfit, "blue_green")
+    judged = override(recipe, {"rollout.judge": "tests.versions:right", "rollout.quality_drop": 0.2})
+    with Killer(recipe, load):
+        result = rollout(judged, untrained(recipe, first, 5), "blue_green")
     assert result["decision"] == "rolled_back", result
     assert result["evidence"]["quality"]["verdict"] == "harm"
-    load.over.set()
-    time.sleep(1)
-    served = [each.json()["version"] for each in load.answers]
     assert set(load.versions) == {str(result["from"]), str(result["version"])}
-    assert served[-1] == str(result["from"])
+    assert served(load.url) == load.last == str(result["from"])
 
 
-def test_what_cannot_be_rolled_out_is_refused(recipe: Recipe, first: Bundle, good: Bundle, tmp_path: Path) -> None:
+def test_what_cannot_be_rolled_out_is_refused(recipe: Recipe, first: Bundle, tmp_path: Path) -> None:
+    good = untrained(recipe, first, 1)
     with pytest.raises(Refused, match="has no champion to compare with"):
         rollout(override(recipe, {"name": "another"}), good, "canary")
     registry.promote(recipe, registry.register(recipe, first, None))
