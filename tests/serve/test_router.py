@@ -17,6 +17,8 @@ from serve.rollout import Served, Split, split
 from tests.bundles import chat_bundle
 from tests.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:

@@ -246,6 +246,7 @@ def test_blue_green_is_one_switch_and_one_back() -> None:
 def test_what_is_not_decided_in_time_is_called_off() -> None:
     schedule = Schedule(Rollout(max_requests=1000), "shadow")
     while schedule.decision is None:
+        schedule.add(Traffics(8).answers(0.0))  # of which there was no copy
         schedule.add(Traffics(8).pairs())
     assert (schedule.decision, schedule.requests) == ("undecided", 2 * BATCH)
     late = Schedule(Rollout(), "canary")

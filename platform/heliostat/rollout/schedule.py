@@ -59,7 +59,8 @@ class Schedule:
 
     def add(self, answers: Answers | Pairs) -> None:
         """Take in what was answered, and go on to the next step or to the decision where that is due."""
-        if self.decision is not None:
+        paired = self.comparison.lots == "pairs"
+        if self.decision is not None or isinstance(answers, Pairs) != paired:  # as before the first copy was made
             return
         self.comparison.add(answers)
         self.requests += len(answers.failed)
