@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -43,7 +44,6 @@ from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model, processor_facts, train_tokenizer
 from heliostat.recipe import Deploy, build
 from heliostat.tasks import get_task
-from serve.application import deploy
 
 HOST, NAME = "127.0.0.1", "bench-llm"
 PORTS = {"heliostat": 8731, "transformers": 8732}
@@ -106,11 +106,11 @@ def http_asker(client: httpx.AsyncClient, port: int, model: str) -> Ask:
     return ask
 
 
-def engine_asker(engine: EmbeddedEngine) -> Ask:
+def engine_asker(engine: EmbeddedEngine, temperature: float = 0) -> Ask:
     async def ask(prompt: str) -> Answer:
         answer, started = Answer(), time.perf_counter()
         ids = engine.tokenizer(prompt)["input_ids"]
-        async for tokens in engine.generate(ids, Sampling(max_tokens=NEW_TOKENS, temperature=0)):
+        async for tokens in engine.generate(ids, Sampling(max_tokens=NEW_TOKENS, temperature=temperature)):
             answer.seconds.append(time.perf_counter() - started)
             answer.tokens += len(tokens)
         return answer
@@ -133,9 +133,9 @@ async def load(ask: Ask, at_once: int, each: int) -> dict[str, float]:
     return {
         "tokens_per_s": sum(answer.tokens for answer in answers) / elapsed,
         "first_token_p50_s": statistics.median(first),
-        "first_token_p99_s": first[int(0.99 * (len(first) - 1))],
+        "first_token_p99_s": first[math.ceil(0.99 * (len(first) - 1))],
         "between_tokens_p50_s": statistics.median(gaps),
-        "between_tokens_p99_s": sorted(gaps)[int(0.99 * (len(gaps) - 1))],
+        "between_tokens_p99_s": sorted(gaps)[math.ceil(0.99 * (len(gaps) - 1))],
     }
 
 
@@ -145,8 +145,8 @@ def generated(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
     ids = [tokenizer(text)["input_ids"] for text in texts]
     longest = max(map(len, ids))
     started = time.perf_counter()
-    input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
+    input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=model.device)
     out = model.generate(
         input_ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None
     )
@@ -180,6 +180,8 @@ async def ready(ask: Ask, seconds: float = 180) -> None:
 async def measure(
     path: Path, folder: Path, rounds: int, requests: list[int], each: int
 ) -> AsyncIterator[dict[str, Any]]:
+    from serve.application import deploy  # here, since it needs Ray, which bench.gpu_generate does without
+
     torch.set_num_threads(THREADS)
     bundle = bundles.read(path)
     plain, shared = bundle.model(), bundle.model()
@@ -212,14 +214,16 @@ async def measure(
                 yield summary(at_once, found)
 
 
-def summary(at_once: int, found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def summary(
+    at_once: int, found: dict[str, list[dict[str, float]]], names: tuple[str, ...] = ("heliostat", "engine")
+) -> dict[str, Any]:
     medians = {
         name: {key: round(statistics.median(one[key] for one in rounds), 4) for key in rounds[0]}
         for name, rounds in found.items()
     }
     peer = [one["tokens_per_s"] for one in found["transformers"]]
     ratios = {}
-    for name in ("heliostat", "engine"):
+    for name in names:
         each = sorted(one["tokens_per_s"] / other for one, other in zip(found[name], peer, strict=True))
         ratios[name] = {"median": statistics.median(each), "range": [each[0], each[-1]]}
     return {"requests": at_once, "medians": medians, "tokens_per_s_over_transformers": ratios}

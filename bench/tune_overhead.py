@@ -7,6 +7,11 @@
 in interleaved blocks (A B C A B C …) of several sizes. Prints for each the seconds that a trial takes beyond its share
 of the sleeping, what one more trial costs between the sizes, and how the driver's memory grows.
 
+Then what population based training costs beside its steps: trials that train `digits` for a while, two at a time, by
+the driver without a scheduler (FIFO) and with `pbt`, in turn. A trial that pbt ends and the one that takes its place
+make together as many steps as one of the other search. Prints the ratio of the seconds from a search's first report to
+its end; checkpoints, copies of them and new models are what it has in addition.
+
     python -m bench.tune_overhead [--trials 16 256 1000] [--rounds 3]
 """
 
@@ -29,12 +34,25 @@ from typing import Any
 import psutil
 import ray
 
+from heliostat.data.prepare import Prepared, prepare
+from heliostat.launch.cluster import THREADS
 from heliostat.launch.tune.driver import Driver
 from heliostat.launch.tune.runner import Figures, Origin, Report
+from heliostat.launch.tune.space import row_settings
 from heliostat.launch.tune.study import Study
-from heliostat.recipe import Tune, Uniform
+from heliostat.launch.tune.trial import Training
+from heliostat.recipe import Tune, Uniform, override
+from pipelines.recipes.vision import digits
 
 SLOTS, SLEEP_S = 4, 0.1
+PBT_SETTINGS: dict[str, Any] = {
+    "tune.space": {"optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 3e-2}},
+    "tune.num_trials": 8,
+    "tune.algorithm": "random",
+    "tune.limit": 800,
+    "tune.epochs": 4,
+    "tune.reports": 4,
+}
 
 
 class Sleep:
@@ -134,6 +152,33 @@ def measure(sizes: list[int], rounds: int) -> dict[str, Any]:
     }
 
 
+def training(scheduler: str, folder: Path, prepared: Prepared) -> float:
+    """Seconds of a search of real trials."""
+    recipe = override(digits(), PBT_SETTINGS | {"tune.scheduler": scheduler})
+    study = Study(recipe.tune, {"accuracy": True}, 0, "search", folder)
+    reports: list[float] = []
+    objective = Training(recipe, {row_settings(recipe): prepared}, folder / "trials", use_gpu=False)
+    Driver(study, objective, 2, reported=lambda: reports.append(time.perf_counter())).run()
+    ended = time.perf_counter()
+    assert sum(row["evaluations"] for row in study.rows()) == recipe.tune.num_trials * recipe.tune.reports
+    return ended - reports[0]
+
+
+def pbt_over_fifo(rounds: int) -> dict[str, Any]:
+    took: dict[str, list[float]] = {"none": [], "pbt": []}
+    with tempfile.TemporaryDirectory() as storage:
+        prepared, _ = prepare(override(digits(), {"storage": storage}))
+        for _, scheduler in itertools.product(range(rounds), took):
+            with tempfile.TemporaryDirectory() as folder:
+                took[scheduler].append(training(scheduler, Path(folder), prepared))
+    ratios = [pbt / fifo for fifo, pbt in zip(took["none"], took["pbt"], strict=True)]
+    return {
+        "fifo_s": [round(value, 2) for value in took["none"]],
+        "pbt_s": [round(value, 2) for value in took["pbt"]],
+        "pbt_over_fifo": round(statistics.median(ratios), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, nargs="+", default=[16, 256, 1000])
@@ -143,12 +188,13 @@ def main() -> None:
     for name in ("ray.tune.tune", "ray.tune.execution.tune_controller"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     root = Path(__file__).resolve().parent.parent
-    environment = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'platform'}"}
+    environment = THREADS | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'platform'}"}
     ray.init(
         "local", num_cpus=SLOTS, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
     )
     try:
-        print(json.dumps(measure(sorted(options.trials), options.rounds)), file=sys.stdout, flush=True)
+        answer = measure(sorted(options.trials), options.rounds) | pbt_over_fifo(options.rounds)
+        print(json.dumps(answer), file=sys.stdout, flush=True)
     finally:
         ray.shutdown()
 

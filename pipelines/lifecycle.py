@@ -25,7 +25,7 @@ from heliostat.tracking import log_run, start_server, tracking_uri
 from pipelines.evaluate import as_trained, evaluate_split
 from pipelines.job import Job, main
 from pipelines.tune import check_search
-from serve.application import deploy
+from serve.application import check_gpus, deploy
 
 SHAPING = ("task", "seed", "model", "data", "optimizer", "schedule", "training", "parallelism")
 """Sections of a recipe that shape the trained weights."""
@@ -100,6 +100,7 @@ def run(job: Job) -> dict[str, Any]:
 
     with connect(recipe, options.address, options.keep):
         connected = time.perf_counter()
+        check_gpus(recipe.deploy)
         stages("prepare", do_prepare)
         inputs = kept[0].fingerprint
         best = recipe

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import ray
+import torch
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +22,7 @@ from ray.serve.context import _get_global_client
 import heliostat
 from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
+from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused, nearest
 
 Input = dict[str, Any]
@@ -178,6 +181,20 @@ def inputs_of(question: Question, settings: Deploy) -> list[Input]:
     return inputs
 
 
+def answering(path: Path, settings: Deploy | None = None) -> Predictor:
+    """A predictor that has answered its task's example, computing as a replica does by its settings (None: as torch is
+    set here). Raises Refused for a bundle that is not whole."""
+    bundle = bundles.read(path, verify_files=False)  # the predictor verifies them
+    if settings is None:
+        predictor = Predictor(bundle)
+    else:
+        device = torch.device("cuda" if settings.gpus_per_replica else "cpu")
+        bfloat16 = settings.precision == "bfloat16"
+        predictor = Predictor(bundle, threads=settings.threads_per_replica, bfloat16=bfloat16, device=device)
+    predictor.predict([predictor.task.example()])
+    return predictor
+
+
 def scaled(kind: type, name: str, bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
     """The deployment of a class with a bundle, not yet running."""
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
@@ -196,7 +213,7 @@ def scaled(kind: type, name: str, bundle_path: Path, version: str, settings: Dep
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
         max_surge_percent=100,  # other settings do restart replicas: the new ones first
-        ray_actor_options={"num_cpus": settings.cpus_per_replica},
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         user_config={"bundle": str(bundle_path.absolute()), "version": version},
     ).bind()
 
@@ -222,11 +239,22 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     return (language_model if generates else classifier).application(bundle_path, version, settings)
 
 
+def check_gpus(settings: Deploy) -> None:
+    """Refuse an endpoint that could never start on the cluster that Ray is connected to."""
+    if settings.gpus_per_replica > ray.cluster_resources().get("GPU", 0):
+        raise Refused(
+            "deploy.gpus_per_replica",
+            f"a replica asks for {settings.gpus_per_replica:g} of a GPU, the cluster has none",
+            "set it 0, or deploy where there are GPUs",
+        )
+
+
 def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
     """Serve a bundle on the cluster that Ray is connected to; returns the endpoint's URL once it answers.
 
     Where Serve runs already, the application of that name is brought up to date. Raises Refused for a bundle
-    that is not whole, and for a port that something else holds."""
+    that is not whole, for GPUs that the cluster lacks, and for a port that something else holds."""
+    check_gpus(deploy)
     app = application(bundle_path, version, deploy)
     # Serve has no public way to ask which port it has.
     client = _get_global_client(raise_if_no_controller_running=False)

@@ -19,7 +19,6 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
 from ray.serve import metrics
 
-from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
 from serve.application import (
@@ -29,6 +28,7 @@ from serve.application import (
     Health,
     Input,
     Question,
+    answering,
     arguments,
     http,
     inputs_of,
@@ -67,13 +67,6 @@ def _api(settings: Deploy) -> FastAPI:
     return api
 
 
-def _load(path: Path, threads: int | None = None) -> Predictor:
-    """A predictor that has answered its task's example. Raises Refused for a bundle that is not whole."""
-    predictor = Predictor(bundles.read(path, verify_files=False), threads=threads)  # which verifies them
-    predictor.predict([predictor.task.example()])
-    return predictor
-
-
 def _classifier(settings: Deploy) -> type:
     """The class is made here because routes and batching take their limits when they are declared."""
     api = _api(settings)
@@ -92,7 +85,7 @@ def _classifier(settings: Deploy) -> type:
         async def reconfigure(self, config: dict[str, str]) -> None:
             """Serve calls this before a replica is ready, and again for another bundle: the old one answers
             until the new one has. Serve stops a replica that raises here."""
-            predictor = await asyncio.to_thread(_load, Path(config["bundle"]), settings.threads_per_replica)
+            predictor = await asyncio.to_thread(answering, Path(config["bundle"]), settings)
             self.predictor, self.version = predictor, config["version"]
 
         async def _in_thread(self, function: Callable[[Any], Any], argument: Any) -> Any:
@@ -156,7 +149,7 @@ def _classifier(settings: Deploy) -> type:
 def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
     """The deployment with a bundle, not yet running. `version`: what answers call it. Raises Refused for a
     bundle that is not whole."""
-    _load(bundle_path)  # it must answer here first: Serve would stop every replica that cannot load it
+    answering(bundle_path)  # it must answer here first: Serve would stop every replica that cannot load it
     return scaled(_classifier(settings), "classifier", bundle_path, version, settings)
 
 

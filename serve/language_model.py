@@ -12,16 +12,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
-from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import Forwarded, Health, Question, arguments, http, inputs_of, page, scaled
+from serve.application import Forwarded, Health, Question, answering, arguments, http, inputs_of, page, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -32,12 +32,16 @@ class Loaded:
     """A bundle that answers; as a context, a request that it is busy with."""
 
     def __init__(self, path: Path, version: str, settings: Deploy) -> None:
-        threads = settings.threads_per_replica
-        self.predictor = Predictor(bundles.read(path, verify_files=False), threads=threads)  # which verifies them
-        self.predictor.predict([self.predictor.task.example()])
+        self.predictor = answering(path, settings)
         self.version, self.ongoing, self.retired = version, 0, False
-        model, tokenizer = self.predictor.model, self.predictor.processor
-        self.engine = EmbeddedEngine(model, tokenizer, cache_tokens=settings.cache_tokens, threads=threads)
+        if settings.precision == "bfloat16":  # reading weights is most of what a token costs
+            self.predictor.model.to(torch.bfloat16)
+        self.engine = EmbeddedEngine(
+            self.predictor.model,
+            self.predictor.processor,
+            cache_tokens=settings.cache_tokens,
+            threads=settings.threads_per_replica,
+        )
 
     @property
     def digest(self) -> str:

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from heliostat.curves import METRICS_FILE, read_metrics
+from heliostat.data.loader import open_split
+from heliostat.models import bundle as bundles
+from heliostat.predictor import Predictor
 from heliostat.recipe import Recipe, override
 from heliostat.train import checkpoint
 from heliostat.train.checkpoint import Place, Writer
@@ -89,3 +92,17 @@ def test_compiled_blocks_in_bfloat16(recompute: str, tmp_path: Path) -> None:
     train(override(plain, {"training.compile": True}), data, tmp_path / "compiled")
     for one, other in zip(steps(tmp_path / "compiled"), steps(tmp_path / "plain"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_predictions_are_those_of_the_cpu(make: Any, tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    data = prepared(recipe).folder
+    bundle = bundles.read(Path(train(recipe, data, tmp_path / "run")["bundle"]))
+    rows = open_split(data, "validation")
+    on_gpu = Predictor(bundle, device=torch.device("cuda"))
+    for one, other in zip(on_gpu.predict_rows(rows), Predictor(bundle).predict_rows(rows), strict=True):
+        assert one.get("label") == other.get("label")
+        for name in set(one) - {"label", "scores"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+    assert on_gpu.latency_s(rows) > 0

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from heliostat.recipe import build
 from tests.pipelines.jobs import ROOT, Done, run, start
 from tests.ports import free_port
-from tests.recipes import tiny_bert
+from tests.recipes import prepared, tiny_bert
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,10 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "deploy.port": free_port(),
             "tune.num_trials": 2,
             "tune.reports": 2,
-            "tune.space": {"optimizer.lr": {"kind": "log_uniform", "low": 1.5e-3, "high": 3e-3}},
+            "tune.space": {
+                "optimizer.lr": {"kind": "log_uniform", "low": 1.5e-3, "high": 3e-3},
+                "model.max_length": {"kind": "choice", "values": [40, 44]},
+            },
         },
     )
     recipe.save(folder / "recipe.json")
@@ -65,6 +69,11 @@ def test_lifecycle(weak_champion: Path, tmp_path: Path) -> None:
     low, high = first["metrics"]["test.accuracy.ci95"]
     assert low <= first["metrics"]["test.accuracy"] <= high
     assert [answer["label"] in ("dark", "bright") for answer in first["answers"]] == [True, True]
+
+    card = json.loads((Path(first["bundle"]) / "card.json").read_text())
+    best = build(first["best_recipe"])
+    assert best.model.max_length in (40, 44)
+    assert card["data"]["fingerprint"] == prepared(best).fingerprint, "rows as the search's winner had them"
 
     again = ok(run("lifecycle", str(recipe_file))).answer
     unchanged = {row["stage"] for row in again["stages"] if row["unchanged"]}

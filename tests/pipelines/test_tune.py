@@ -10,15 +10,16 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from heliostat.launch.tune import STUDY_FILE
 from heliostat.launch.tune.space import trial_recipe
-from heliostat.launch.tune.study import STUDY_FILE
+from heliostat.models.load import build_model
 from heliostat.placement import logical_cpus
 from heliostat.recipe import Recipe, Refused, load, override
 from heliostat.train.loop import train
 from pipelines import tune
 from pipelines.job import Job, parse
 from tests.pipelines.jobs import Done, run, start
-from tests.recipes import prepared, tiny_bert
+from tests.recipes import lora_head, prepared, tiny_bert
 
 LR = {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}
 INVALID = {"model.freeze_layers": {"kind": "choice", "values": [0, 99]}}
@@ -75,11 +76,60 @@ def test_search_finds_the_best_of_its_trials(tmp_path: Path) -> None:
     assert best == override(load(file), winner["values"]), "the winner's values, and the recipe's own epochs and rows"
 
 
+def test_several_objectives_over_rows_and_models(tmp_path: Path) -> None:
+    """Each trial is measured on rows of its own kind, and the front is what no trial beats in all objectives."""
+    objectives = ["accuracy", "seconds", "parameters", "joules", "latency"]
+    space = {
+        "model.max_length": {"kind": "choice", "values": [4, 48]},
+        "model.config.num_hidden_layers": {"kind": "choice", "values": [1, 6]},
+    }
+    settings: dict[str, Any] = {"tune.objectives": objectives, "tune.scheduler": "none", "tune.algorithm": "grid"}
+    settings["tune.max_concurrent"] = 1  # so that no latency is taken beside another trial
+    file = recipe_file(tmp_path, space, **settings | {"energy.cpu_watts": 20.0})
+    answer = ok(run("tune", str(file)))
+    trials = {tuple(trial["values"].values()): trial for trial in answer["trials"]}
+    assert set(trials) == {(4, 1), (4, 6), (48, 1), (48, 6)}
+    for values, trial in trials.items():
+        recipe = override(load(file), trial["values"])
+        assert accuracy_here(recipe, {}, tmp_path / str(values)) == pytest.approx(trial["accuracy"])
+        model = build_model(prepared(recipe).task(recipe))
+        assert trial["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        assert 0 < trial["joules"] < 20.0 * 2 * trial["seconds"], "a thread that computes, and one that reads"
+    for length in (4, 48):
+        assert trials[length, 6]["latency"] > 1.5 * trials[length, 1]["latency"]
+
+    def beaten(trial: dict[str, Any], by: dict[str, Any]) -> bool:
+        signs = [(1 if name == "accuracy" else -1) * (by[name] - trial[name]) for name in objectives]
+        return min(signs) >= 0 and max(signs) > 0
+
+    front = [trial for trial in answer["trials"] if not any(beaten(trial, by) for by in answer["trials"])]
+    assert answer["pareto"] == front
+    assert answer["ended_by"] == "tune.space, 4 combinations"
+    assert answer["spent"]["joules_are"] == "estimated"
+    assert answer["spent"]["kwh"] * 3.6e6 == pytest.approx(sum(trial["joules"] for trial in trials.values()))
+
+
+@pytest.mark.slow
+def test_a_ready_made_search_of_a_pretrained_model(tmp_path: Path) -> None:
+    settings = {"tune.epochs": 1, "tune.reports": 1, "tune.num_trials": 6, "tune.algorithm": "random", "seed": 1}
+    recipe = lora_head(tmp_path, **{"model.lora.rank": 0} | settings)
+    recipe.save(tmp_path / "recipe.json")
+    answer = ok(run("tune", str(tmp_path / "recipe.json"), "--auto"))
+    trials = answer["trials"]
+    assert {trial["state"] for trial in trials} == {"done"}, trials
+    assert {trial["values"]["model.lora.rank"] for trial in trials} == {0, 8}
+    assert len({trial["values"]["model.max_length"] for trial in trials}) == 2
+    best, _ = parse(["--recipe", answer["best_recipe"]])
+    assert best.model.max_length == trials[0]["values"]["model.max_length"]
+
+
 @pytest.mark.slow
 def test_trials_of_two_workers_and_one_that_cannot_be(tmp_path: Path) -> None:
     """Each takes all CPUs: the second, which fails, can only start once the first has given them back."""
     settings = {
         "tune.workers_per_trial": 2,
+        "tune.objectives": ["accuracy", "seconds", "joules", "latency"],
+        "tune.scheduler": "none",
         "tune.algorithm": "grid",
         "parallelism.cpus_per_worker": logical_cpus() / 2,
     }
@@ -90,6 +140,9 @@ def test_trials_of_two_workers_and_one_that_cannot_be(tmp_path: Path) -> None:
     assert failed["values"]["model.freeze_layers"] == 99
     assert (failed["state"], failed["error"]) == ("infeasible", "model.freeze_layers: 99 of 2 blocks (use ≤ 2)")
     assert finished["evaluations"] == 3
+    assert finished["latency"] > 0
+    # Two processes, each with a thread that computes and one that reads.
+    assert 0 < finished["joules"] < 12.0 * 2 * 2 * finished["seconds"]
     here = accuracy_here(load(file), finished["values"], tmp_path / "here")
     assert here == pytest.approx(finished["accuracy"], abs=1 / 32), "as one process, but for the order of sums"
 

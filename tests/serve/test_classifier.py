@@ -290,6 +290,13 @@ def test_another_port_than_serves_is_refused(endpoint: Endpoint, paths: list[Pat
         deploy(paths[0], "1", other, "tiny")
 
 
+def test_gpus_that_the_cluster_lacks_are_refused(endpoint: Endpoint, paths: list[Path]) -> None:
+    with pytest.raises(
+        Refused, match=r"deploy\.gpus_per_replica: a replica asks for 0\.5 of a GPU, the cluster has none"
+    ):
+        deploy(paths[0], "1", Deploy(gpus_per_replica=0.5), "classifier")
+
+
 def test_a_taken_port_is_refused(ray_cluster: None, paths: list[Path]) -> None:
     """Last: Serve must not be running, or its own port would be the question."""
     from ray import serve

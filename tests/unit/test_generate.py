@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 from heliostat.generate import EngineFailed, Sampling, Token
-from heliostat.generate.drawing import Draw, json_grammar
+from heliostat.generate.drawing import Draw, draw, json_grammar
 from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
 from heliostat.generate.text import TextStream
 from heliostat.models.load import train_tokenizer
@@ -75,7 +76,7 @@ def prompts(count: int, longest: int, vocabulary: int) -> list[list[int]]:
 
 @torch.no_grad()
 def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
     return whole[0, len(prompt) :].tolist()
 
@@ -101,7 +102,7 @@ def test_long_prompts_and_a_cache_that_is_too_small_for_all(tokenizer: Any) -> N
     """Prompts of several steps; answers whose keys and values are dropped on the way and made again."""
     model = model_of("llama", tokenizer)
     asked = [[*prompt, 7, 8, 9] for prompt in prompts(8, 90, len(tokenizer))]
-    asked[0] = prompts(1, 1, len(tokenizer))[0] * (STEP_TOKENS + 40)
+    asked[0] = prompts(1, 1, len(tokenizer))[0] * (STEP_TOKENS["cpu"] + 40)
     sampling = Sampling(max_tokens=60, temperature=0, logprobs=0)
 
     async def ask() -> list[list[Token]]:
@@ -111,6 +112,21 @@ def test_long_prompts_and_a_cache_that_is_too_small_for_all(tokenizer: Any) -> N
 
     found = asyncio.run(ask())
     assert [[token.id for token in tokens] for tokens in found] == [generated(model, p, 60) for p in asked]
+
+
+def test_a_model_without_an_end_goes_on_to_the_limit() -> None:
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, 320)
+    tokenizer.eos_token = None
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, **SIZES)
+    )
+
+    async def ask() -> list[Token]:
+        async with running(model.eval(), tokenizer) as engine:
+            assert engine.end_ids == frozenset()
+            return await answer(engine, [1, 2, 3], GREEDY)
+
+    assert len(asyncio.run(ask())) == GREEDY.max_tokens
 
 
 def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
@@ -139,17 +155,15 @@ def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int = 4000) -> Counter[int]:
+def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int) -> Counter[int]:
     """Of first tokens: each of another request."""
-    draw = Draw(sampling, None)
-    found: Counter[int] = Counter()
-    for _ in range(draws):
-        draw._drawn.clear()
-        found[draw(logits_V)] += 1
-    return found
+    logits_RV = logits_V.expand(draws, -1)
+    seeded = [Draw(replace(sampling, seed=seed), None) for seed in range(draws)]
+    return Counter(draw(seeded, logits_RV).tolist())
 
 
-@pytest.mark.parametrize(
+DRAWS = 4000
+DRAWN = pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({}, [0.4, 0.3, 0.2, 0.1]),
@@ -157,24 +171,50 @@ def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int = 4000) -
         ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
         ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
         ({"top_p": 0.39}, [1, 0, 0, 0]),
+        ({"top_p": 0.0}, [1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.8, "temperature": 0.5}, [16 / 25, 9 / 25, 0, 0]),
         ({"logit_bias": {3: 1.3862943611198906}}, [0.4 / 1.3, 0.3 / 1.3, 0.2 / 1.3, 0.4 / 1.3]),  # times four
     ],
 )
+
+
+@DRAWN
 def test_draws_follow_the_closed_form(fields: dict[str, Any], expected: list[float]) -> None:
-    logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 3
-    found = frequencies(Sampling(max_tokens=1, seed=0, **fields), logits_V)
+    check_draws(torch.device("cpu"), fields, expected)
+
+
+def check_draws(device: torch.device, fields: dict[str, Any], expected: list[float]) -> None:
+    logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device).log() + 3
+    found = frequencies(Sampling(max_tokens=1, seed=0, **fields), logits_V, DRAWS)
     for token, probability in enumerate(expected):
         # Five standard deviations of a binomial's share.
-        assert found[token] / 4000 == pytest.approx(
-            probability, abs=5 * (probability * (1 - probability) / 4000) ** 0.5
-        )
+        margin = 5 * (probability * (1 - probability) / DRAWS) ** 0.5
+        assert found[token] / DRAWS == pytest.approx(probability, abs=margin)
+
+
+def test_requests_of_a_step_are_drawn_each_by_itself() -> None:
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_k": 2},
+        {"top_p": 0.7, "temperature": 3.0},
+        {},
+        {"logit_bias": {5: 9.0}},
+        {"temperature": 0, "presence_penalty": 1.0, "logprobs": 2},
+    ]
+    logits_RV = torch.randn(len(settings), 64, generator=torch.Generator().manual_seed(0))
+    asked = [Sampling(max_tokens=9, seed=7, **fields) for fields in settings]
+    together, alone = ([Draw(sampling, None) for sampling in asked] for _ in range(2))
+    for _ in range(20):
+        found = [int(draw([each], logits_V[None])) for each, logits_V in zip(alone, logits_RV, strict=True)]
+        assert draw(together, logits_RV).tolist() == found
+    assert together[5].reports == alone[5].reports
 
 
 def test_penalties_count_what_was_drawn() -> None:
     sampling = Sampling(max_tokens=9, temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
-    draw = Draw(sampling, None)
+    request = Draw(sampling, None)
     # The first token's score falls 1 → 0.25 → -0.25 → -0.75, the others' 0.4 → -0.35 and 0.3 → -0.45.
-    assert [draw(torch.tensor([1.0, 0.4, 0.3])) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
+    assert [int(draw([request], torch.tensor([[1.0, 0.4, 0.3]]))) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
 
 
 def test_seeds_repeat_and_differ(tokenizer: Any) -> None:

@@ -28,7 +28,7 @@ class Grammars:
     """What texts can be made to follow, over the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
-        self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(end_ids))
+        self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(end_ids) or None)
 
         self._compiled = functools.lru_cache(64)(self._compile)  # up to a second for a large schema
 
@@ -52,8 +52,8 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 class Draw:
-    """What was drawn for one request, and how the next token is. It outlives the request's place in the cache, so
-    copies of the request's state keep it: it has no copies."""
+    """How the tokens of one request are drawn, and what was. It outlives the request's place in the cache, so copies of
+    the request's state keep it: it has no copies."""
 
     def __init__(self, sampling: Sampling, matcher: llguidance.LLMatcher | None) -> None:
         self.sampling, self.matcher = sampling, matcher
@@ -64,57 +64,90 @@ class Draw:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed % 2**64)
-        self.plain = (
-            sampling.temperature == 0
-            and sampling.logprobs is None
-            and matcher is None
-            and not (sampling.logit_bias or sampling.frequency_penalty or sampling.presence_penalty)
-        )
+        self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
+        self.bends = self._penalised or bool(sampling.logit_bias) or matcher is not None
+        """Whether it changes logits."""
+        self.notes = self._penalised or matcher is not None or sampling.logprobs is not None
+        """Whether it has to know what was drawn."""
+        self.cuts = sampling.top_k > 0 or sampling.top_p < 1
+        """Whether only the likeliest tokens can be drawn."""
+        self.plain = sampling.temperature == 0 and not self.bends and not self.notes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Draw:
         return self
 
-    def __call__(self, logits_V: Tensor) -> int:
-        sampling = self.sampling
-        scores_V = self._adjusted(logits_V)
-        if sampling.temperature == 0:
-            token = int(scores_V.argmax())
-        else:
-            token = self._sampled(scores_V / sampling.temperature)
-        if sampling.logprobs is not None:
-            self.reports.append(report(logits_V.log_softmax(-1), token, sampling.logprobs))
-        self._drawn[token] += 1
-        if self.matcher is not None:
-            self.matcher.consume_token(token)
-        return token
+    def uniform(self) -> float:
+        """The next number of its own sequence, the same on every device."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
-    def _adjusted(self, logits_V: Tensor) -> Tensor:
+    def bend(self, scores_V: Tensor) -> None:
+        """In place."""
         sampling = self.sampling
-        scores_V = logits_V.clone()
         if sampling.logit_bias:
-            scores_V[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
-        if self._drawn and (sampling.frequency_penalty or sampling.presence_penalty):
-            counts = torch.tensor(list(self._drawn.values()), dtype=scores_V.dtype)
+            scores_V[list(sampling.logit_bias)] += scores_V.new_tensor(list(sampling.logit_bias.values()))
+        if self._penalised and self._drawn:
+            counts = scores_V.new_tensor(list(self._drawn.values()))
             scores_V[list(self._drawn)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         if self.matcher is not None:
             bits = allocate_token_bitmask(1, len(scores_V))
             fill_next_token_bitmask(self.matcher, bits)
             allowed = torch.from_numpy(bits.view("uint8")).flatten()
             allowed_V = (allowed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-            scores_V[allowed_V.flatten()[: len(scores_V)] == 0] = -torch.inf
-        return scores_V
+            refused_V = allowed_V.flatten()[: len(scores_V)] == 0
+            scores_V.masked_fill_(refused_V.to(scores_V.device), -torch.inf)
 
-    def _sampled(self, scores_V: Tensor) -> int:
-        sampling = self.sampling
-        if 0 < sampling.top_k < len(scores_V):
-            scores_V = scores_V.masked_fill(scores_V < scores_V.topk(sampling.top_k).values[-1], -torch.inf)
-        probs_V = scores_V.softmax(-1)
-        if sampling.top_p < 1:
-            sorted_V, order_V = probs_V.sort(descending=True)
-            # The smallest set whose probability reaches top_p: a token belongs to it where those before it do not.
-            before_V = sorted_V.cumsum(-1) - sorted_V
-            probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V * (before_V < sampling.top_p))
-        return int(torch.multinomial(probs_V, 1, generator=self._generator))
+    def note(self, token: int, logits_V: Tensor) -> None:
+        """`token` was drawn where the model said `logits_V`."""
+        if self.sampling.logprobs is not None:
+            self.reports.append(report(logits_V.log_softmax(-1), token, self.sampling.logprobs))
+        self._drawn[token] += 1
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
+
+
+def draw(draws: list[Draw], logits_RV: Tensor) -> Tensor:
+    """(R) The next token of each request."""
+    scores_RV = logits_RV.clone() if any(each.bends for each in draws) else logits_RV
+    for each, scores_V in zip(draws, scores_RV, strict=True):
+        if each.bends:
+            each.bend(scores_V)
+    tokens_R = scores_RV.argmax(-1)
+    sampled = [i for i, each in enumerate(draws) if each.sampling.temperature > 0]
+    # Apart, so that who shares the step has no say in what a request draws.
+    for some in ([i for i in sampled if draws[i].cuts], [i for i in sampled if not draws[i].cuts]):
+        if some:
+            tokens_R[some] = _sampled([draws[i] for i in some], scores_RV[some])
+    if noting := [i for i, each in enumerate(draws) if each.notes]:
+        tokens = tokens_R.tolist()  # waits for a GPU: once for all
+        for i in noting:
+            draws[i].note(tokens[i], logits_RV[i])
+    return tokens_R
+
+
+def _sampled(draws: list[Draw], scores_RV: Tensor) -> Tensor:
+    """By the inverse of each request's cumulative distribution; in double precision, since small parts add up. All of
+    them cut, or none."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=scores_RV.device)[:, None]
+
+    asked, order_RV = [each.sampling for each in draws], None
+    scores_RV = scores_RV / column([each.temperature for each in asked])
+    if draws[0].cuts:
+        scores_RV, order_RV = scores_RV.sort(-1, descending=True)
+        places_V = torch.arange(scores_RV.shape[1], device=scores_RV.device)
+        beyond_RV = places_V >= column([each.top_k or len(places_V) for each in asked])
+        probs_RV = scores_RV.masked_fill(beyond_RV, -torch.inf).softmax(-1)
+        # The smallest set whose probability reaches top_p: a token belongs to it where those before it do not.
+        before_RV = probs_RV.cumsum(-1) - probs_RV
+        kept_RV = (before_RV < column([each.top_p for each in asked])) | (places_V == 0)
+        probs_RV = probs_RV * kept_RV
+    else:
+        probs_RV = scores_RV.softmax(-1)
+    reached_RV = probs_RV.cumsum(-1)
+    wanted_R1 = column([each.uniform() for each in draws]) * reached_RV[:, -1:]
+    found_R1 = torch.searchsorted(reached_RV, wanted_R1, right=True)
+    return (found_R1 if order_RV is None else order_RV.gather(-1, found_R1))[:, 0]
 
 
 class Draws(ContinuousBatchingLogitsProcessor):
@@ -136,9 +169,9 @@ class Draws(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         # Behind them come rows of requests whose prompt is not read to its end: nobody takes their token.
-        for logits_V, draw in zip(scores, self._draws, strict=False):
-            if not draw.plain:
-                logits_V[draw(logits_V)] = torch.inf
+        rows = [i for i, each in enumerate(self._draws[: len(scores)]) if not each.plain]
+        if rows:
+            scores[rows, draw([self._draws[i] for i in rows], scores[rows])] = torch.inf
         return scores
 
 

@@ -1,4 +1,5 @@
-"""The engine of a laptop: transformers' continuous batching, with its paged cache, in this process."""
+"""The engine that needs nothing beside transformers: its continuous batching, with its paged cache, in this process,
+where the model is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from heliostat.generate.drawing import Draw, Draws, Grammars, report
 
 PAGE_TOKENS = 32
 """Tokens of a request's last page that may stay empty."""
-STEP_TOKENS = 512
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 """Tokens of one forward pass: longer prompts are read in parts, so that answers in progress go on meanwhile."""
 
 
@@ -33,13 +34,18 @@ class EmbeddedEngine:
         pages = max(2, cache_tokens // PAGE_TOKENS)
         self.max_length = min(getattr(config, "max_position_embeddings", 0) or cache_tokens, (pages - 1) * PAGE_TOKENS)
         self.end_ids = _end_ids(model, tokenizer)
+        self._ends: list[int] | int = sorted(self.end_ids) or -1  # a model may have none
         self.vocab_size = config.vocab_size
         self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
         self._manager = ContinuousBatchingManager(
             model,
-            transformers.GenerationConfig(do_sample=False, eos_token_id=sorted(self.end_ids)),
+            transformers.GenerationConfig(do_sample=False, eos_token_id=self._ends),
             ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS, num_blocks=pages, max_batch_tokens=STEP_TOKENS, use_async_batching=False
+                page_size=PAGE_TOKENS,
+                num_blocks=pages,
+                max_batch_tokens=STEP_TOKENS[model.device.type],
+                use_async_batching=False,
+                use_cuda_graph=False,  # a captured step would not draw anew
             ),
         )
         draws = ContinuousBatchingLogitsProcessorList(transformers.LogitsProcessorList([Draws()]))
@@ -48,7 +54,8 @@ class EmbeddedEngine:
         self._manager.start()
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
-        draw = Draw(sampling, self._grammars.matcher(sampling.grammar) if sampling.grammar else None)
+        matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
+        draw = Draw(sampling, matcher)
         name, outputs, sent = uuid.uuid4().hex, asyncio.Queue[Any](), 0
         manager, finished = self._manager, False
         manager.register_result_handler(name, outputs.put_nowait)
@@ -58,7 +65,7 @@ class EmbeddedEngine:
                 request_id=name,
                 max_new_tokens=sampling.max_tokens,
                 streaming=True,
-                eos_token_id=-1 if sampling.ignore_end else sorted(self.end_ids),
+                eos_token_id=-1 if sampling.ignore_end else self._ends,
                 draw=draw,
             )
             if accepted is None:
@@ -84,7 +91,7 @@ class EmbeddedEngine:
     def _score(self, ids: list[int], top: int) -> list[Token]:
         if self._threads:
             torch.set_num_threads(self._threads)
-        logits_TV = self.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        logits_TV = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0].float()
         tokens = [Token(ids[0])]
         return tokens + [report(logits_TV[i].log_softmax(-1), token, top) for i, token in enumerate(ids[1:])]
 

@@ -398,6 +398,10 @@ class Deploy(Section):
     max_body_bytes: PositiveInt = 4 << 20
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
     threads_per_replica: PositiveInt = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """0: a replica computes on processors. 0.5: two share a GPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; language models keep their weights in it too."""
     cache_tokens: Annotated[int, Field(ge=128)] = 16384
     """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
 
@@ -405,6 +409,8 @@ class Deploy(Section):
     def _replicas(self) -> Deploy:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
+        if self.gpus_per_replica > 1:
+            raise ValueError(f"gpus_per_replica={self.gpus_per_replica:g}: a replica computes on one GPU; use ≤ 1")
         return self
 
 
