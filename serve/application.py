@@ -157,8 +157,8 @@ class Forwarded:
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         request = asyncio.Queue[dict[str, Any]]()  # and no more: a client who leaves is not heard here
         request.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        answering = asyncio.ensure_future(self(scope, request.get, messages.put))  # type: ignore[operator]
-        answering.add_done_callback(lambda _: messages.put_nowait(None))
+        answer = asyncio.ensure_future(self(scope, request.get, messages.put))  # type: ignore[operator]
+        answer.add_done_callback(lambda _: messages.put_nowait(None))
         try:
             over = False
             while not over:
@@ -168,9 +168,9 @@ class Forwarded:
                 over = found[-1] is None
                 if there := [message for message in found if message is not None]:
                     yield there
-            await answering  # which raises what went wrong
+            await answer  # which raises what went wrong
         finally:
-            answering.cancel()
+            answer.cancel()
 
 
 def inputs_of(question: Question, settings: Deploy) -> list[Input]:
