@@ -35,7 +35,7 @@ class Options:
     input: str = ""
     """predict: a Parquet, CSV or JSONL source of rows."""
     keep: bool = False
-    """lifecycle, deploy: leave the endpoint up on a cluster that outlives the job (`make stop` ends it)."""
+    """lifecycle, deploy, rollout: leave the endpoint up on a cluster that outlives the job (`make stop` ends it)."""
     fresh: bool = False
     """lifecycle: do stages again though their inputs have not changed."""
     layouts: str = ""
@@ -44,6 +44,11 @@ class Options:
     """prove, drill: processes of each layout (or run); what a layout does not take is filled up by replication."""
     faults: str = ""
     """drill: any of `kill,hang,nan,disk_full,truncate`. Empty: all of them."""
+    to: str = ""
+    """rollout: the new version, a bundle's folder."""
+    strategy: str = "canary"
+    """rollout: `shadow` (it gets copies, and answers nobody), `canary` (a growing share of the requests), or
+    `blue_green` (all of them at once)."""
     auto: bool = False
     """tune: search a ready-made space for the recipe's task, beside what `tune.space` says, and try its baseline."""
     full: bool = False

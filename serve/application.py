@@ -2,10 +2,11 @@
 
 # Annotations are not postponed here: replicas get some of the classes by value, and FastAPI reads its annotations
 # there, where a name in a string would find nothing.
+import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,6 +148,30 @@ def page(kind: Literal["text", "image", "row", "chat", "completion"], model: str
     # It loads nothing: all it needs is written in it.
     policy = "default-src 'unsafe-inline'; connect-src 'self'; img-src data:"
     return HTMLResponse(text, headers={"content-security-policy": policy})
+
+
+class Forwarded:
+    """What deployments of HTTP applications share: they answer requests that a router read for them, too."""
+
+    async def forward(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict[str, Any]]]:
+        """Answer a request: ASGI's messages, those together that are there together. Whoever stops reading has left."""
+        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        request = asyncio.Queue[dict[str, Any]]()  # and no more: a client who leaves is not heard here
+        request.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        answer = asyncio.ensure_future(self(scope, request.get, messages.put))  # type: ignore[operator]
+        answer.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            over = False
+            while not over:
+                found = [await messages.get()]
+                while not messages.empty():
+                    found.append(messages.get_nowait())
+                over = found[-1] is None
+                if there := [message for message in found if message is not None]:
+                    yield there
+            await answer  # which raises what went wrong
+        finally:
+            answer.cancel()
 
 
 def inputs_of(question: Question, settings: Deploy) -> list[Input]:

@@ -24,6 +24,7 @@ from heliostat.recipe import Deploy, Refused
 from serve.application import (
     Answer,
     Body,
+    Forwarded,
     Health,
     Input,
     Question,
@@ -71,7 +72,7 @@ def _classifier(settings: Deploy) -> type:
     api = _api(settings)
 
     @serve.ingress(api)
-    class Classifier:
+    class Classifier(Forwarded):
         def __init__(self) -> None:
             self.predictor: Predictor | None = None
             self.version = ""

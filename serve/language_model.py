@@ -21,7 +21,7 @@ from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Deploy
 from serve.application import Answer as Predictions
-from serve.application import Health, Question, answering, arguments, http, inputs_of, page, scaled
+from serve.application import Forwarded, Health, Question, answering, arguments, http, inputs_of, page, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -77,7 +77,7 @@ def _language_model(settings: Deploy, name: str) -> type:
     api = _api(settings)
 
     @serve.ingress(api)
-    class LanguageModel:
+    class LanguageModel(Forwarded):
         def __init__(self) -> None:
             self.loaded: Loaded | None = None
 

@@ -34,8 +34,8 @@ def chat_bundle(folder: Path, seed: int = 0) -> Path:
     recipe = tiny_llama(folder)
     # So that the likeliest token is so by far.
     config = {**recipe.model.config, "max_position_embeddings": 1024, "initializer_range": 0.3}
-    recipe = override(recipe, {"model.config": config, "deploy.cache_tokens": 8192})
-    return write(folder / f"bundle-{seed}", recipe, tokenizer, seed, processor_facts(tokenizer))
+    recipe = override(recipe, {"model.config": config, "deploy.cache_tokens": 8192, "seed": seed})
+    return write(folder / f"bundle-{seed}", recipe, tokenizer, processor_facts(tokenizer))
 
 
 def image_bundle(folder: Path) -> Path:
@@ -49,7 +49,7 @@ def image_bundle(folder: Path) -> Path:
         }
     )
     facts = {"labels": ["dark", "bright"], "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
-    return write(folder / "images", recipe, None, 0, facts)
+    return write(folder / "images", recipe, None, facts)
 
 
 def tabular_bundle(folder: Path) -> Path:
@@ -64,12 +64,11 @@ def tabular_bundle(folder: Path) -> Path:
     )
     facts = {"labels": ["dark", "bright"], "columns": ["height", "width"], "mean": [0.5, 3.0], "std": [0.25, 2.0],
              "may_be_missing": [1]}  # fmt: skip
-    return write(folder / "rows", recipe, None, 0, facts)
+    return write(folder / "rows", recipe, None, facts)
 
 
-def write(path: Path, recipe: Recipe, processor: Any, seed: int, facts: dict[str, Any]) -> Path:
+def write(path: Path, recipe: Recipe, processor: Any, facts: dict[str, Any]) -> Path:
     task = get_task(recipe, facts)
-    torch.manual_seed(seed)
     state = build_model(task).state_dict()
     return bundles.write(path, task, state, processor, data={}, metrics={}, lineage={}).path
 

@@ -75,6 +75,13 @@ def promote(recipe: Recipe, version: Version | int) -> Version:
     return get(recipe, number)
 
 
+def tag(recipe: Recipe, version: Version, tags: Mapping[str, str]) -> None:
+    """Write down what became of a version."""
+    with client(recipe) as mlflow:
+        for name, value in tags.items():
+            mlflow.set_model_version_tag(recipe.name, str(version.version), name, value)
+
+
 def champion(recipe: Recipe) -> Version | None:
     """The version that is served, None before the first promotion."""
     with client(recipe) as mlflow:

@@ -37,6 +37,7 @@ from heliostat.recipe.sections import (
     PipelineSchedule,
     Recovery,
     Refused,
+    Rollout,
     Schedule,
     SearchRange,
     Section,
@@ -68,6 +69,7 @@ __all__ = [
     "Recipe",
     "Recovery",
     "Refused",
+    "Rollout",
     "Schedule",
     "SearchRange",
     "Training",
@@ -113,6 +115,7 @@ class Recipe(Section):
     tune: Tune = Tune()
     gate: Gate = Gate()
     deploy: Deploy = Deploy()
+    rollout: Rollout = Rollout()
     energy: Energy = Energy()
     tracking: Tracking = Tracking()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -412,6 +413,40 @@ class Deploy(Section):
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
         if self.gpus_per_replica > 1:
             raise ValueError(f"gpus_per_replica={self.gpus_per_replica:g}: a replica computes on one GPU; use ≤ 1")
+        return self
+
+
+class Rollout(Section):
+    error_increase: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """A new version whose error rate is this much higher does harm. Errors: answers with a status of 500 or more, or
+    none within `timeout_s`, and refusals of what the old version answers."""
+    latency_increase: PositiveFloat = 0.1
+    """So does one whose median latency (until an answer begins) is higher by this share of the old one's."""
+    quality_drop: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """So does one whose answers are judged worse by this much, on average."""
+    judge: str = ""
+    """`module:function` that is told a request and its answer, as objects, and says how good that is, from 0 to 1, or
+    None where it cannot tell. Empty: quality is not compared."""
+    false_roll_back: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """The chance at most that a version which is no worse is rolled back, over the whole of its rollout."""
+    steps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.01, 0.05, 0.25, 0.5]
+    """A canary's shares of the traffic. What does well at the last one gets all of it."""
+    requests_per_step: PositiveInt = 1000
+    """At least."""
+    max_requests: PositiveInt = 100_000
+    """A rollout that has seen so many and is not decided is called off: the old version stays."""
+    max_s: PositiveFloat = 86_400.0
+    """So is one that took so long."""
+    timeout_s: PositiveFloat = 30.0
+    """A new version that has not begun to answer by then has failed, and the old one is asked."""
+    key_header: str = "x-user"
+    """Requests with the same value of this header go to the same version; those without go to either."""
+    num_routers: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _rising(self) -> Rollout:
+        if any(low >= high for low, high in pairwise(self.steps)):
+            raise Refused("rollout.steps", f"{self.steps} do not rise", "name each share once, the smallest first")
         return self
 
 

@@ -1,0 +1,92 @@
+"""A language model's streams through the router, to either of two versions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from heliostat.models import bundle as bundles
+from heliostat.recipe import override
+from heliostat.rollout.outcomes import Seen
+from heliostat.rollout.schedule import Traffic
+from serve.rollout import Served, Split, split
+from tests.bundles import chat_bundle
+from tests.ports import free_port
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
+    from ray import serve
+
+    folder = tmp_path_factory.mktemp("router")
+    paths = [chat_bundle(folder, seed) for seed in (0, 1)]
+    settings = {"deploy.port": free_port(), "deploy.max_replicas": 1, "rollout.num_routers": 1}
+    recipe = override(bundles.read(paths[0]).recipe, settings)
+    with split(recipe, Served(paths[0], "1"), Served(paths[1], "2")) as found:
+        yield found
+    serve.shutdown()
+
+
+def streamed(versions: Split, **headers: str) -> tuple[str, set[str | None]]:
+    """The text that was streamed, and the fingerprints of the bundle that made it."""
+    port = versions.recipe.deploy.port
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    chunks = list(
+        client.completions.create(
+            model="tiny", prompt="sun salt", max_tokens=12, temperature=0, stream=True, extra_headers=headers
+        )
+    )
+    return "".join(chunk.choices[0].text for chunk in chunks), {chunk.system_fingerprint for chunk in chunks}
+
+
+def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None:
+    versions.exchange(Traffic(0.0))
+    old, fingerprints = streamed(versions)
+    assert fingerprints == {bundles.read(versions.stable.bundle).digest[:12]}
+    (seen,) = versions.exchange(Traffic(1.0))
+    new, fingerprints = streamed(versions)
+    assert fingerprints == {bundles.read(versions.candidate.bundle).digest[:12]}
+    assert old != new
+    (other,) = versions.exchange(Traffic(0.0, copied=True))
+    assert (seen.share, other.share) == (0.0, 1.0)
+    assert seen.stable is not None
+    assert other.candidate is not None
+    assert 0 < seen.stable.latency_s < 30
+    assert streamed(versions) == (old, {bundles.read(versions.stable.bundle).digest[:12]})
+    pairs: list[Seen] = []
+    limit = time.monotonic() + 30
+    while not pairs and time.monotonic() < limit:
+        pairs += versions.exchange(Traffic(0.0))
+        time.sleep(0.1)
+    assert pairs[0].stable is not None
+    assert pairs[0].candidate is not None
+    assert not pairs[0].stable.failed
+    assert not pairs[0].candidate.failed
+
+
+def test_a_user_stays_with_one_version(versions: Split) -> None:
+    versions.exchange(Traffic(0.5))
+    found = {user: [streamed(versions, **{"x-user": user})[0] for _ in range(3)] for user in "abcdefghij"}
+    assert all(len(set(texts)) == 1 for texts in found.values())
+    assert len({texts[0] for texts in found.values()}) == 2
+    versions.exchange(Traffic(0.0))
+
+
+def test_what_both_refuse_is_the_clients_mistake(versions: Split) -> None:
+    versions.exchange(Traffic(1.0))
+    url = f"http://127.0.0.1:{versions.recipe.deploy.port}"
+    refused = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": 3}, timeout=30)
+    assert refused.status_code == 400
+    assert "prompt" in refused.json()["error"]["message"]
+    (seen,) = versions.exchange(Traffic(0.0))
+    assert seen.candidate is not None
+    assert not seen.candidate.failed
+    assert httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"] == "tiny"
+    large = httpx.post(f"{url}/predict", content=b"x" * (versions.recipe.deploy.max_body_bytes + 1), timeout=30)
+    assert large.status_code == 413
