@@ -25,6 +25,7 @@ import os
 import random
 import signal
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -75,7 +76,11 @@ Ask = Callable[[str], Awaitable[Answer]]
 
 
 def model_bundle(folder: Path) -> Path:
-    tokenizer = train_tokenizer(["the mirrors of the field follow the sun and send its heat to the tower"] * 9, 8192)
+    random_ = random.Random(0)
+    # So many words that all tokens of the model are tokens of the tokenizer: what has no text is not streamed.
+    words = ["".join(random_.choices(string.ascii_lowercase, k=random_.randint(3, 9))) for _ in range(20_000)]
+    sentence = "the mirrors of the field follow the sun and send its heat to the tower"
+    tokenizer = train_tokenizer([sentence] * 99 + [" ".join(words)], 8192)
     tokenizer.eos_token = None
     config = {**CONFIG, "vocab_size": 8192}
     recipe = build({"name": NAME, "task": "language_model", "model": {"tokenizer": "train:8192", "config": config}})
