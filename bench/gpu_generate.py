@@ -95,7 +95,7 @@ async def measure(size: str, device: torch.device, rounds: int, requests: list[i
                 if round_:  # the first warms up
                     for name, figures in measured.items():
                         found.setdefault(name, []).append(figures)
-            yield summary(at_once, found, ("heliostat", "sampled", "batch"))
+            yield summary(at_once, found, names=("heliostat", "sampled", "batch"))
 
 
 async def print_all(arguments: argparse.Namespace) -> None:

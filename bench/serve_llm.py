@@ -1,17 +1,18 @@
-"""Output tokens a second, time to the first token and between tokens of a 33 M Llama, float32 on the CPU, at several
-requests at once:
+"""Output tokens a second, time to the first token and between tokens of a 33 M Llama on the CPU, at several requests at
+once, in float32 for the embedded engine and as `--gguf-dtype` says for llama.cpp:
 
-    heliostat      the embedded engine behind serve/language_model.py, one replica of Ray Serve
-    engine         the same engine in this process, asked without HTTP
-    transformers   `transformers serve --continuous-batching`, its own server
+    heliostat      the engine behind serve/language_model.py, one replica of Ray Serve
+    engine         the same engine in this process, asked without our HTTP
+    transformers   `transformers serve --continuous-batching`, its own server: the embedded engine's peer
+    llama_cpp      llama.cpp's own HTTP server with the same file: that engine's peer
     batch          `generate` on all prompts at once, padded to one length: no request joins or leaves
     generate       `generate`, one request after the other (at one request only)
 
 in interleaved rounds (A B C … A B C …), each side with both processors and alone with them while it is measured. Every
-request draws greedily as many tokens as the others: the model has no end. Prints medians, and ratios to
-`transformers` paired by round.
+request draws greedily as many tokens as the others: the model has no end. Prints medians, and ratios to the peer
+paired by round.
 
-    python -m bench.serve_llm [--rounds 3] [--requests 1 4 16]
+    python -m bench.serve_llm [--engine llama_cpp] [--rounds 3] [--requests 1 4 16]
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import random
 import signal
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -38,15 +40,17 @@ import httpx
 import torch
 
 import heliostat.launch.cluster as cluster
-from heliostat.generate import Sampling
+from heliostat.generate import Engine, Sampling
 from heliostat.generate.embedded import EmbeddedEngine
+from heliostat.generate.llama_cpp import LlamaCppEngine, converted
 from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model, processor_facts, train_tokenizer
 from heliostat.recipe import Deploy, build
 from heliostat.tasks import get_task
 
 HOST, NAME = "127.0.0.1", "bench-llm"
-PORTS = {"heliostat": 8731, "transformers": 8732}
+PORTS = {"heliostat": 8731, "transformers": 8732, "llama_cpp": 8733}
+PEERS = {"embedded": "transformers", "llama_cpp": "llama_cpp"}
 PROMPT_WORDS, NEW_TOKENS, THREADS = 32, 48, 2
 CONFIG = {
     "model_type": "llama",
@@ -72,7 +76,11 @@ Ask = Callable[[str], Awaitable[Answer]]
 
 
 def model_bundle(folder: Path) -> Path:
-    tokenizer = train_tokenizer(["the mirrors of the field follow the sun and send its heat to the tower"] * 9, 8192)
+    random_ = random.Random(0)
+    # So many words that all tokens of the model are tokens of the tokenizer: what has no text is not streamed.
+    words = ["".join(random_.choices(string.ascii_lowercase, k=random_.randint(3, 9))) for _ in range(20_000)]
+    sentence = "the mirrors of the field follow the sun and send its heat to the tower"
+    tokenizer = train_tokenizer([sentence] * 99 + [" ".join(words)], 8192)
     tokenizer.eos_token = None
     config = {**CONFIG, "vocab_size": 8192}
     recipe = build({"name": NAME, "task": "language_model", "model": {"tokenizer": "train:8192", "config": config}})
@@ -87,9 +95,13 @@ def prompts(count: int) -> list[str]:
     return [" ".join(random_.choices(words, k=random_.randint(PROMPT_WORDS // 2, PROMPT_WORDS))) for _ in range(count)]
 
 
-def http_asker(client: httpx.AsyncClient, port: int, model: str) -> Ask:
+def http_asker(client: httpx.AsyncClient, port: int, model: str, tokenizer: Any = None) -> Ask:
+    """With a `tokenizer`, prompts are sent as its tokens: llama.cpp's file knows none of its own."""
+
     async def ask(prompt: str) -> Answer:
         body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+        if tokenizer is not None:
+            body |= {"prompt": tokenizer(prompt)["input_ids"], "ignore_eos": True}
         answer, started = Answer(), time.perf_counter()
         async with client.stream("POST", f"http://{HOST}:{port}/v1/completions", json=body) as response:
             response.raise_for_status()
@@ -106,7 +118,7 @@ def http_asker(client: httpx.AsyncClient, port: int, model: str) -> Ask:
     return ask
 
 
-def engine_asker(engine: EmbeddedEngine, temperature: float = 0) -> Ask:
+def engine_asker(engine: Engine, temperature: float = 0) -> Ask:
     async def ask(prompt: str) -> Answer:
         answer, started = Answer(), time.perf_counter()
         ids = engine.tokenizer(prompt)["input_ids"]
@@ -154,15 +166,24 @@ def generated(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
     return {"tokens_per_s": len(texts) * NEW_TOKENS / (time.perf_counter() - started)}
 
 
-def transformers_server(path: Path, folder: Path) -> subprocess.Popen[bytes]:
-    command = [
-        *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(path), "--continuous-batching"),
-        *("--host", HOST, "--port", str(PORTS["transformers"]), "--device", "cpu", "--dtype", "float32"),
-        *("--cb-num-blocks", "64", "--log-level", "error"),
-    ]
-    log = (folder / "transformers.log").open("wb")
+def server(module: str, arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module, *arguments]
+    log = (folder / f"{module}.log").open("wb")
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def transformers_server(path: Path, folder: Path) -> subprocess.Popen[bytes]:
+    arguments = [
+        *("serve", str(path), "--continuous-batching", "--host", HOST, "--port", str(PORTS["transformers"])),
+        *("--device", "cpu", "--dtype", "float32", "--cb-num-blocks", "64", "--log-level", "error"),
+    ]
+    return server("transformers.cli.transformers", arguments, folder)
+
+
+def llama_cpp_server(file: Path, cache_tokens: int, folder: Path) -> subprocess.Popen[bytes]:
+    arguments = [str(file), str(PORTS["llama_cpp"]), "--threads", str(THREADS), "--cache-tokens", str(cache_tokens)]
+    return server("bench.bare_llama_cpp", arguments, folder)
 
 
 async def ready(ask: Ask, seconds: float = 180) -> None:
@@ -178,7 +199,7 @@ async def ready(ask: Ask, seconds: float = 180) -> None:
 
 
 async def measure(
-    path: Path, folder: Path, rounds: int, requests: list[int], each: int
+    path: Path, folder: Path, settings: Deploy, rounds: int, requests: list[int], each: int
 ) -> AsyncIterator[dict[str, Any]]:
     from serve.application import deploy  # here, since it needs Ray, which bench.gpu_generate does without
 
@@ -187,18 +208,23 @@ async def measure(
     plain, shared = bundle.model(), bundle.model()
     tokenizer = bundle.processor()
     with ExitStack() as stack:
-        server = transformers_server(path, folder)
-        stack.callback(server.wait)
-        stack.callback(server.send_signal, signal.SIGINT)
-        settings = Deploy(port=PORTS["heliostat"], max_replicas=1, threads_per_replica=THREADS)
-        deploy(path, "1", settings, NAME)
-        engine = EmbeddedEngine(shared, tokenizer, cache_tokens=settings.cache_tokens, threads=THREADS)
+        tokens, dtype, beside = settings.cache_tokens, settings.gguf_dtype, PEERS[settings.engine]
+        if settings.engine == "embedded":
+            peer = transformers_server(path, folder)
+            engine: Any = EmbeddedEngine(shared, tokenizer, cache_tokens=tokens, threads=THREADS)
+        else:
+            file = await asyncio.to_thread(converted, bundle.digest, shared, tokenizer, dtype, THREADS)
+            peer = llama_cpp_server(file, tokens, folder)
+            engine = LlamaCppEngine(file, dtype, shared, tokenizer, cache_tokens=tokens, threads=THREADS)
+        stack.callback(peer.wait)
+        stack.callback(peer.send_signal, signal.SIGINT)
         stack.callback(engine.close)
+        deploy(path, "1", settings, NAME)
         async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
             asks = {
                 "heliostat": http_asker(client, PORTS["heliostat"], NAME),
                 "engine": engine_asker(engine),
-                "transformers": http_asker(client, PORTS["transformers"], str(path)),
+                beside: http_asker(client, PORTS[beside], str(path), tokenizer if beside == "llama_cpp" else None),
             }
             for ask in asks.values():
                 await ready(ask)
@@ -211,32 +237,44 @@ async def measure(
                     if round_:  # the first warms up
                         for name, figures in measured.items():
                             found.setdefault(name, []).append(figures)
-                yield summary(at_once, found)
+                yield summary(at_once, found, beside)
 
 
 def summary(
-    at_once: int, found: dict[str, list[dict[str, float]]], names: tuple[str, ...] = ("heliostat", "engine")
+    at_once: int,
+    found: dict[str, list[dict[str, float]]],
+    beside: str = "transformers",
+    names: tuple[str, ...] = ("heliostat", "engine"),
 ) -> dict[str, Any]:
     medians = {
         name: {key: round(statistics.median(one[key] for one in rounds), 4) for key in rounds[0]}
         for name, rounds in found.items()
     }
-    peer = [one["tokens_per_s"] for one in found["transformers"]]
+    peer = [one["tokens_per_s"] for one in found[beside]]
     ratios = {}
     for name in names:
         each = sorted(one["tokens_per_s"] / other for one, other in zip(found[name], peer, strict=True))
         ratios[name] = {"median": statistics.median(each), "range": [each[0], each[-1]]}
-    return {"requests": at_once, "medians": medians, "tokens_per_s_over_transformers": ratios}
+    return {"requests": at_once, "medians": medians, f"tokens_per_s_over_{beside}": ratios}
 
 
 async def print_all(arguments: argparse.Namespace, folder: Path) -> None:
     path = model_bundle(folder)
-    async for line in measure(path, folder, arguments.rounds, arguments.requests, arguments.each):
+    settings = Deploy(
+        port=PORTS["heliostat"],
+        max_replicas=1,
+        threads_per_replica=THREADS,
+        engine=arguments.engine,
+        gguf_dtype=arguments.gguf_dtype,
+    )
+    async for line in measure(path, folder, settings, arguments.rounds, arguments.requests, arguments.each):
         print(json.dumps(line), flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=list(PEERS), default="embedded")
+    parser.add_argument("--gguf-dtype", choices=["q8_0", "f16", "f32"], default="q8_0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--each", type=int, default=2, help="requests that each client sends, one after the other")

@@ -237,6 +237,8 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     from serve import classifier, language_model
 
     generates = bundles.read(bundle_path, verify_files=False).task().model_class == "AutoModelForCausalLM"
+    if settings.engine != "embedded" and not generates:
+        raise Refused("deploy.engine", f"{settings.engine} is for models that generate text", "leave it out")
     return (language_model if generates else classifier).application(bundle_path, version, settings)
 
 

@@ -16,10 +16,14 @@ import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
+from transformers import AutoConfig
 
+from heliostat import installed
+from heliostat.generate import Engine
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
-from heliostat.recipe import Deploy
+from heliostat.predictor import Predictor
+from heliostat.recipe import Deploy, Refused
 from serve.application import Answer as Predictions
 from serve.application import Forwarded, Health, Question, answering, arguments, http, inputs_of, page, scaled
 from serve.openai.answer import Answer
@@ -34,14 +38,7 @@ class Loaded:
     def __init__(self, path: Path, version: str, settings: Deploy) -> None:
         self.predictor = answering(path, settings)
         self.version, self.ongoing, self.retired = version, 0, False
-        if settings.precision == "bfloat16":  # reading weights is most of what a token costs
-            self.predictor.model.to(torch.bfloat16)
-        self.engine = EmbeddedEngine(
-            self.predictor.model,
-            self.predictor.processor,
-            cache_tokens=settings.cache_tokens,
-            threads=settings.threads_per_replica,
-        )
+        self.engine = _engine(self.predictor, settings)
 
     @property
     def digest(self) -> str:
@@ -63,6 +60,35 @@ class Loaded:
     def _close_if_done(self) -> None:
         if self.retired and not self.ongoing:
             asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+
+
+def _engine(predictor: Predictor, settings: Deploy) -> Engine:
+    model, tokenizer = predictor.model, predictor.processor
+    tokens, threads = settings.cache_tokens, settings.threads_per_replica
+    if settings.engine == "embedded":
+        if settings.precision == "bfloat16":  # reading weights is most of what a token costs
+            model.to(torch.bfloat16)
+        return EmbeddedEngine(model, tokenizer, cache_tokens=tokens, threads=threads)
+    # Its packages are an extra.
+    from heliostat.generate.llama_cpp import LlamaCppEngine, converted
+
+    dtype = settings.gguf_dtype
+    file = converted(predictor.bundle.digest, model, tokenizer, dtype, threads)
+    return LlamaCppEngine(file, dtype, model, tokenizer, cache_tokens=tokens, threads=threads)
+
+
+def _check_engine(path: Path, settings: Deploy) -> None:
+    """Raises Refused for a bundle that the engine cannot serve: here, before a replica tries."""
+    installed.check_engine(settings.engine)
+    if settings.engine == "embedded":
+        return
+    from heliostat.generate import gguf_file
+
+    if settings.gpus_per_replica:
+        raise Refused("deploy.gpus_per_replica", "llama_cpp computes on processors", gguf_file.INSTEAD)
+    if settings.precision != "float32":
+        raise Refused("deploy.precision", "llama_cpp's is deploy.gguf_dtype", "leave it out")
+    gguf_file.check(AutoConfig.from_pretrained(path))
 
 
 def _api(settings: Deploy) -> FastAPI:
@@ -159,8 +185,10 @@ def _language_model(settings: Deploy, name: str) -> type:
 
 def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
     """The deployment with a bundle, not yet running. `version`: what answers call it. Clients name the model as the
-    bundle's recipe is named. Raises Refused for a bundle that is not whole."""
-    kind = _language_model(settings, bundles.read(bundle_path).recipe.name)
+    bundle's recipe is named. Raises Refused for a bundle that is not whole, or that the engine cannot serve."""
+    bundle = bundles.read(bundle_path)
+    _check_engine(bundle_path, settings)
+    kind = _language_model(settings, bundle.recipe.name)
     return scaled(kind, "language_model", bundle_path, version, settings)
 
 

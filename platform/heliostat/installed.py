@@ -10,6 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from heliostat.recipe import Refused
+
+ENGINES = {"llama_cpp": ("xllamacpp", "gguf")}
+"""What they need beside the library's own dependencies."""
+
 
 def version(package: str) -> str | None:
     """As pip names it; None where it is not installed."""
@@ -17,6 +22,14 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def check_engine(engine: str) -> None:
+    """Raises Refused for an engine of language models whose packages are not installed."""
+    for package in ENGINES.get(engine, ()):
+        if version(package) is None:
+            reason = f"{engine} needs the package {package}, which is not installed"
+            raise Refused("deploy.engine", reason, "install the extra `llm`")
 
 
 def folder(package: str) -> Path | None:

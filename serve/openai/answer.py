@@ -112,6 +112,7 @@ class Answer:
             "system_fingerprint": fingerprint,
         }
         self.prompts, drawing = self.drawing()
+        engine.check_sampling(drawing)
         if len(self.prompts) * (request.n or 1) > MAX_CHOICES:
             raise Problem(400, f"n: more than {MAX_CHOICES} choices of all prompts together", "n")
         # A seed gives each choice another stream of random numbers.

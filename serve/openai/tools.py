@@ -18,7 +18,7 @@ def template_takes_tools(template: str) -> bool:
 
 def grammar(tools: list[dict[str, Any]], vocabulary: dict[str, int]) -> str:
     """One call of one of the tools, in llguidance's Lark. Where the tags are tokens of the vocabulary, these are
-    written."""
+    written, by their numbers."""
     calls = [
         {
             "type": "object",
@@ -31,10 +31,9 @@ def grammar(tools: list[dict[str, Any]], vocabulary: dict[str, int]) -> str:
         }
         for tool in tools
     ]
-    first, last = (tag if tag in vocabulary else json.dumps(tag) for tag in (OPEN, CLOSE))
-    return (
-        f'start: {first} "\\n" call "\\n" {last}\ncall: %json {json.dumps({"anyOf": calls, "x-guidance": ONE_LINE})}\n'
-    )
+    first, last = (f"<[{vocabulary[tag]}]>" if tag in vocabulary else json.dumps(tag) for tag in (OPEN, CLOSE))
+    schema = json.dumps({"anyOf": calls, "x-guidance": ONE_LINE}, ensure_ascii=False)
+    return f'start: {first} "\\n" call "\\n" {last}\ncall: %json {schema}\n'
 
 
 class ToolCalls:

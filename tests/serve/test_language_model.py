@@ -16,13 +16,16 @@ import pydantic
 import pytest
 import yaml
 
+from heliostat.models.load import processor_facts
 from heliostat.predictor import Predictor
-from heliostat.recipe import Deploy
-from serve.application import deploy
+from heliostat.recipe import Deploy, Refused, override
+from serve.application import application, deploy
 from tests import needs
 from tests.browser import tab
-from tests.bundles import Reference, chat_bundle
+from tests.bundles import Reference, chat_bundle, image_bundle, write
+from tests.generation import tiny_tokenizer
 from tests.ports import free_port
+from tests.recipes import tiny_llama
 
 CHAT: list[Any] = [{"role": "user", "content": "sun salt mirror"}]
 NAME = "tiny"
@@ -39,16 +42,18 @@ def reference(references: list[Reference]) -> Reference:
     return references[0]
 
 
+@pytest.fixture(scope="module", params=["embedded", "llama_cpp"])
+def settings(request: pytest.FixtureRequest) -> Deploy:
+    common = {"max_replicas": 1, "max_body_bytes": 100_000, "max_inputs": 4, "cache_tokens": 8192}
+    return Deploy(port=free_port(), engine=request.param, gguf_dtype="f32", **common)
+
+
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, references: list[Reference]) -> Iterator[str]:
+def url(ray_cluster: None, references: list[Reference], settings: Deploy) -> Iterator[str]:
     from ray import serve
 
-    yield deploy(references[0].path, "1", settings(free_port()), NAME)
+    yield deploy(references[0].path, "1", settings, NAME)
     serve.shutdown()
-
-
-def settings(port: int) -> Deploy:
-    return Deploy(port=port, max_replicas=1, max_body_bytes=100_000, max_inputs=4, cache_tokens=8192)
 
 
 @pytest.fixture(scope="module")
@@ -374,15 +379,37 @@ def test_a_page_to_chat_on(url: str, reference: Reference, tmp_path: Path) -> No
         assert page.problems == []
 
 
+def test_what_an_engine_does_not_do_is_refused(url: str, settings: Deploy) -> None:
+    body = {"model": NAME, "prompt": "sun", "max_tokens": 5, "frequency_penalty": 0.5}
+    for streamed in (False, True):
+        response = httpx.post(f"{url}/v1/completions", json={**body, "stream": streamed})
+        if settings.engine == "embedded":
+            assert response.status_code == 200
+        else:
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == "frequency_penalty"
+
+
+def test_an_engine_that_cannot_serve_a_bundle_is_refused_before_it_starts(tmp_path: Path) -> None:
+    settings = Deploy(engine="llama_cpp")
+    with pytest.raises(Refused, match="for models that generate text"):
+        application(image_bundle(tmp_path), "1", settings)
+    recipe, tokenizer = tiny_llama(tmp_path), tiny_tokenizer()
+    recipe = override(recipe, {"model.config": {**recipe.model.config, "hidden_act": "gelu"}})
+    path = write(tmp_path / "gelu", recipe, tokenizer, 0, processor_facts(tokenizer))
+    with pytest.raises(Refused, match="has no gelu"):
+        application(path, "1", settings)
+
+
 def test_another_bundle_while_answers_are_on_their_way(
-    client: openai.OpenAI, url: str, references: list[Reference]
+    client: openai.OpenAI, url: str, references: list[Reference], settings: Deploy
 ) -> None:
     """Last but one: what was begun ends as it began; what begins later is the new bundle's."""
     stream = client.completions.create(
         model=NAME, prompt="sun", max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     first = next(iter(stream))
-    deploy(references[1].path, "2", settings(int(url.rpartition(":")[2])), NAME)
+    deploy(references[1].path, "2", settings, NAME)
     chunks = [first, *stream]
     assert chunks[-1].choices[0].finish_reason == "length"
     assert {chunk.system_fingerprint for chunk in chunks} == {references[0].bundle.digest[:12]}

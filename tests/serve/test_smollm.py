@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -25,8 +26,9 @@ QUESTIONS = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", [{"engine": "embedded"}, {"engine": "llama_cpp", "gguf_dtype": "f32"}])
 def test_sixteen_conversations_at_once_are_those_of_generate(
-    ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    engine: dict[str, Any], ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from ray import serve
 
@@ -34,7 +36,8 @@ def test_sixteen_conversations_at_once_are_those_of_generate(
     path = Path(json.loads(capfd.readouterr().out.splitlines()[-1])["bundle"])
     reference = Reference(path)
     asked = [[{"role": "user", "content": f"{question} {i}"}] for i in range(4) for question in QUESTIONS]
-    url = deploy(path, "1", Deploy(port=free_port(), max_replicas=1, threads_per_replica=2), "smollm")
+    settings = Deploy(port=free_port(), max_replicas=1, threads_per_replica=2, **engine)
+    url = deploy(path, "1", settings, "smollm")
 
     async def one(client: openai.AsyncOpenAI, messages: list) -> str | None:
         found = await client.chat.completions.create(model="smollm", messages=messages, max_tokens=24, temperature=0)

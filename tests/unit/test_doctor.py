@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from heliostat import card
+from heliostat import card, installed
 from heliostat.doctor import Problem, examine
 from heliostat.doctor.machine import check_machine
 from heliostat.hardware import Machine, gpu_memory_bytes
@@ -184,6 +184,13 @@ def test_memory_of_this_machine() -> None:
 def test_a_file_that_is_not_there() -> None:
     (problem,) = examined("no-such.yaml")
     assert "cannot be read" in problem.problem
+
+
+def test_an_engine_whose_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["tiny_lm", "--deploy.engine", "llama_cpp"])["problems"] == []
+    monkeypatch.setitem(installed.ENGINES, "llama_cpp", ("no-such-package",))
+    (found,) = run(["tiny_lm", "--deploy.engine", "llama_cpp"])["problems"]
+    assert (found["field"], found["fix"]) == ("deploy.engine", "install the extra `llm`")
 
 
 def test_overrides() -> None:

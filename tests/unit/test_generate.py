@@ -22,38 +22,13 @@ from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
 from heliostat.generate.text import TextStream
 from heliostat.models.load import train_tokenizer
 from heliostat.recipe import Refused
+from tests.generation import FAMILIES, GREEDY, SCHEMA, SIZES, answer, generated, model_of, prompts, tiny_tokenizer
 from tests.recipes import WORDS
-
-GREEDY = Sampling(max_tokens=24, temperature=0)
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.3,  # so that the likeliest token is so by far
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
-    "olmo": {},
-    "phi": {},
-    "gpt2": {},
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
-}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer([" ".join(WORDS), json.dumps({"name": "heat", "sizes": [1, 20]})] * 5, 320)
-
-
-def model_of(family: str, tokenizer: Any) -> Any:
-    torch.manual_seed(0)
-    end = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.eos_token_id}
-    config = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **SIZES, **FAMILIES[family], **end)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return tiny_tokenizer()
 
 
 @asynccontextmanager
@@ -63,22 +38,6 @@ async def running(model: Any, tokenizer: Any, cache_tokens: int = 8192) -> Async
         yield engine
     finally:
         await asyncio.to_thread(engine.close)
-
-
-async def answer(engine: EmbeddedEngine, prompt: list[int], sampling: Sampling) -> list[Token]:
-    return [token async for tokens in engine.generate(prompt, sampling) for token in tokens]
-
-
-def prompts(count: int, longest: int, vocabulary: int) -> list[list[int]]:
-    random_ = random.Random(0)
-    return [random_.choices(range(1, vocabulary), k=random_.randint(1, longest)) for _ in range(count)]
-
-
-@torch.no_grad()
-def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt], device=model.device)
-    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
-    return whole[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,18 +187,6 @@ def test_seeds_repeat_and_differ(tokenizer: Any) -> None:
     one, same, other = asyncio.run(ask(3, 3, 4))
     assert one == same != other
     assert asyncio.run(ask(3)) == [one]
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
-        "kind": {"enum": ["sun", "salt"]},
-    },
-    "required": ["name", "sizes", "kind"],
-    "additionalProperties": False,
-}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

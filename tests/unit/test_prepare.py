@@ -20,7 +20,9 @@ from heliostat.data.loader import open_split
 from heliostat.data.packaged import packaged_table
 from heliostat.data.prepare import SPLITS, Prepared, prepare
 from heliostat.data.sources import open_source
+from heliostat.models.load import processor_facts, train_tokenizer
 from heliostat.recipe import Recipe, Refused, build, override
+from heliostat.tasks import get_task
 from tests.recipes import WORDS, tiny_bert, tiny_llama
 
 
@@ -319,6 +321,14 @@ def test_packing_reproduces_the_token_stream(tmp_path: Path) -> None:
     packed = [token for row in rows for token in row]
     assert packed == (stream[:-1] if len(stream) % 16 == 1 else stream)
     assert tokenizer.decode(packed).split(tokenizer.eos_token)[: len(texts) - 1] == texts[:-1]
+
+
+def test_documents_of_a_vocabulary_without_an_end_have_none(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([" ".join(WORDS)], 280)
+    tokenizer.eos_token = None
+    task = get_task(tiny_llama(tmp_path), processor_facts(tokenizer))
+    rows = task.prepare(pa.table({"text": ["sun salt", "mirror"]}), tokenizer)
+    assert tokenizer.batch_decode(rows.column("input_ids").to_pylist()) == ["sun salt", "mirror"]
 
 
 def test_unpacked_rows_are_documents(tmp_path: Path) -> None:

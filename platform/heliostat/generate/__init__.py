@@ -29,7 +29,7 @@ class Sampling:
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside the drawn one, with log-probabilities; None: nothing."""
     grammar: str = ""
-    """What the text must follow, in llguidance's form. Empty: nothing."""
+    """What the text must follow, in llguidance's Lark. Empty: nothing."""
     ignore_end: bool = False
     """Go on behind the end-of-text token, up to `max_tokens`: for load generators."""
 
@@ -60,6 +60,9 @@ class Engine(Protocol):
 
     async def score(self, ids: list[int], top: int) -> list[Token]:
         """How likely the model holds each token after those before it; the first has no log-probability."""
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises Refused for what this engine would draw otherwise; of the grammar `check_grammar` says it."""
 
     def check_grammar(self, grammar: str) -> None:
         """Raises Refused for what is no grammar."""

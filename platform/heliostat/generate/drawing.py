@@ -6,6 +6,7 @@ Shapes: R requests of a step that get a token, V vocabulary.
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from typing import Any
 
@@ -37,7 +38,10 @@ class Grammars:
         return self._compiled(grammar).deep_copy()
 
     def _compile(self, grammar: str) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        try:
+            matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; UTF-8 cannot
+            raise Refused("grammar", f"not valid Unicode: {error.reason}") from error
         if matcher.is_error():
             raise Refused("grammar", matcher.get_error().strip().splitlines()[0])
         return matcher
@@ -47,8 +51,15 @@ class Grammars:
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """A JSON value by a JSON schema, on one line."""
-    return llguidance.LLMatcher.grammar_from_json_schema({**schema, "x-guidance": ONE_LINE})
+    """A JSON value by a JSON schema, on one line. In llguidance's Lark, which all engines read."""
+    return f"start: %json {json.dumps({**schema, 'x-guidance': ONE_LINE}, ensure_ascii=False)}\n"
+
+
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Of the generation's configuration, and the tokenizer's own, which chat templates end answers with."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
 
 
 class Draw:

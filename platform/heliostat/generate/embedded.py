@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
 from heliostat.generate import EngineFailed, Sampling, Token
-from heliostat.generate.drawing import Draw, Draws, Grammars, report
+from heliostat.generate.drawing import Draw, Draws, Grammars, end_ids, report
 
 PAGE_TOKENS = 32
 """Tokens of a request's last page that may stay empty."""
@@ -33,7 +33,7 @@ class EmbeddedEngine:
         self.model, self.tokenizer, self._threads = model, tokenizer, threads
         pages = max(2, cache_tokens // PAGE_TOKENS)
         self.max_length = min(getattr(config, "max_position_embeddings", 0) or cache_tokens, (pages - 1) * PAGE_TOKENS)
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = end_ids(model, tokenizer)
         self._ends: list[int] | int = sorted(self.end_ids) or -1  # a model may have none
         self.vocab_size = config.vocab_size
         self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
@@ -95,6 +95,9 @@ class EmbeddedEngine:
         tokens = [Token(ids[0])]
         return tokens + [report(logits_TV[i].log_softmax(-1), token, top) for i, token in enumerate(ids[1:])]
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        pass
+
     def check_grammar(self, grammar: str) -> None:
         self._grammars.matcher(grammar)
 
@@ -107,10 +110,3 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         self._manager.destroy()
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Of the generation's configuration, and the tokenizer's own, which chat templates end answers with."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+GgufDtype = Literal["q8_0", "f16", "f32"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "zbv"]
 
 
@@ -404,6 +405,10 @@ class Deploy(Section):
     """0: a replica computes on processors. 0.5: two share a GPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; language models keep their weights in it too."""
+    engine: Literal["embedded", "llama_cpp"] = "embedded"
+    """Language models: what draws the tokens. `llama_cpp` is the fast one on CPUs; it needs the extra `llm`."""
+    gguf_dtype: GgufDtype = "q8_0"
+    """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
     cache_tokens: Annotated[int, Field(ge=128)] = 16384
     """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
 

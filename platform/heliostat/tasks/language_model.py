@@ -39,15 +39,15 @@ class LanguageModel(Task):
         return [str(text).encode() for text in table.column(self.recipe.data.text_column).to_pylist()]
 
     def prepare(self, table: pa.Table, processor: Any, where: str = "") -> pa.Table:
-        """Documents end with the end-of-text token. Packed, a row is `sequence_length` consecutive tokens, with the
-        lengths of its documents where they are to be isolated."""
+        """Documents end with the end-of-text token, where there is one. Packed, a row is `sequence_length` consecutive
+        tokens, with the lengths of its documents where they are to be isolated."""
         texts = table.column(self.recipe.data.text_column).to_pylist()
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise Refused("data.text_column", f"{row_name(table, row, where)} holds {text!r}, not a text")
-        data, end = self.recipe.data, processor.eos_token_id
+        data, end = self.recipe.data, [token for token in [processor.eos_token_id] if token is not None]
         length = data.sequence_length
-        documents = [[*ids, end] for ids in processor(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        documents = [[*ids, *end] for ids in processor(texts, add_special_tokens=False, verbose=False)["input_ids"]]
         if data.pack:
             stream = [token for ids in documents for token in ids]
             rows = [stream[start : start + length] for start in range(0, len(stream), length)]
