@@ -10,6 +10,7 @@ from heliostat.data.prepare import Prepared, prepare
 from heliostat.energy import ESTIMATED, JOULES_PER_KWH
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.tune.driver import Driver
+from heliostat.launch.tune.gauges import Gauges
 from heliostat.launch.tune.report import REPORT_FILE, write_report
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.space import (
@@ -47,8 +48,15 @@ def search(recipe: Recipe, prepared: Prepared, folder: Path, resume: bool = Fals
     recipe.save(folder / "recipe.json")
     trials_folder = folder / "trials"
     training = Training(recipe, _prepare_all(recipe, prepared), trials_folder, trials_use_gpu(recipe, nodes))
+    gauges = Gauges(study)
     with Watch(study) as watch:
-        ended_by = Driver(study, training, recipe.tune.max_concurrent, watch.ended, watch.reported).run()
+
+        def ended(row: dict[str, Any]) -> None:
+            watch.ended(row)
+            gauges.ended(row)
+
+        driver = Driver(study, training, recipe.tune.max_concurrent, ended, watch.reported, gauges.tell)
+        ended_by = driver.run()
     shutil.rmtree(trials_folder, ignore_errors=True)
     write_report(study, folder / REPORT_FILE)
     trials = study.rows()
