@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from tests.prometheus import Prometheus
 
 LIST = "prom_metrics_service_discovery.json"
 SPACE = {"optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}}
-TOKENS = "ray_heliostat_serve_tokens_total"
 PATIENCE_S = 180.0
 
 
@@ -146,11 +144,12 @@ class Panels:
 
     def __init__(self, prometheus: Prometheus, panels: Iterable[Panel]) -> None:
         self.prometheus, self.begun = prometheus, time.time()
-        self.empty = {panel.title: panel for panel in panels}
+        self.empty = list(panels)
 
-    def look(self) -> set[str]:
-        self.empty = {title: panel for title, panel in self.empty.items() if not self._is_filled(panel)}
-        return set(self.empty)
+    def look(self) -> list[str]:
+        """Their titles."""
+        self.empty = [panel for panel in self.empty if not self._is_filled(panel)]
+        return [panel.title for panel in self.empty]
 
     def _is_filled(self, panel: Panel) -> bool:
         ask, now = self.prometheus, time.time()
@@ -199,9 +198,9 @@ def test_no_panel_is_empty(prometheus: Prometheus, tmp_path: Path) -> None:
                 return not panels.look()
 
             until(filled)
-            assert not panels.empty
+            assert panels.empty == []
             # Nothing else is marked.
-            assert torch.cuda.is_available() or others.look() == {panel.title for panel in every if panel.needs_gpu}
+            assert torch.cuda.is_available() or others.look() == [panel.title for panel in every if panel.needs_gpu]
             check_numbers(prometheus, searching.result(), tokens)
         finally:
             run_dir.mkdir(exist_ok=True)
@@ -226,5 +225,5 @@ def check_numbers(prometheus: Prometheus, searched: dict[str, Any], tokens: dict
     assert last('trials{state="running"}') == 0
     assert last("best_value") == pytest.approx(searched["best_value"])
     assert 0 < last("joules") == pytest.approx(3.6e6 * searched["spent"]["kwh"])
-    for kind, count in tokens.items():
-        assert until(partial(lambda query, count: shown(query) == count, f'sum({TOKENS}{{kind="{kind}"}})', count))
+    served = 'sum(ray_heliostat_serve_tokens_total{application="watched",kind="%s"})'
+    assert until(lambda: {kind: shown(served % kind) for kind in tokens} == tokens)
