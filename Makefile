@@ -1,11 +1,11 @@
-# run: the main job · test · test-all · lint · bench · lock · stop · clean
+# run: the main job · test · test-all · lint · bench · monitor · dashboards · lock · stop · clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_AUTH_MODE := token
 
-.PHONY: run test test-all apt lint bench lock stop clean
+.PHONY: run test test-all apt lint bench monitor dashboards lock stop clean
 
 run: $(VENV)/ready
 	$(BIN)/python -m pipelines.lifecycle sentiment $(ARGS)
@@ -38,10 +38,19 @@ bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.input
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.launch_overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.monitoring_overhead
 	$(BIN)/python -m bench.tune_overhead
 	$(BIN)/python -m bench.tune_savings
 	$(BIN)/python -m bench.serve_overhead
 	$(BIN)/python -m bench.serve_llm
+
+# Prometheus beside the cluster that runs on this machine, until Ctrl-C.
+monitor: $(VENV)/ready
+	$(BIN)/python -m pipelines.monitor $(ARGS)
+
+# Writes deploy/grafana/*.json anew.
+dashboards: $(VENV)/ready
+	$(BIN)/python -m heliostat.monitor.dashboards deploy/grafana
 
 # Ends what `--keep` left running.
 stop: $(VENV)/ready

@@ -75,14 +75,14 @@ def per_step(stamps: list[float]) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(stamps[3:]))
 
 
-def ours(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
+def ours(recipe: Recipe, data: Prepared, run_dir: Path, **options: Any) -> float:
     stamps: list[float] = []
 
     def at_each_step() -> bool:
         stamps.append(time.process_time())
         return False
 
-    train(recipe, data.folder, run_dir, should_stop=at_each_step, write_bundle=False)
+    train(recipe, data.folder, run_dir, should_stop=at_each_step, write_bundle=False, **options)
     return per_step(stamps)
 
 

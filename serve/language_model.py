@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
+from ray.serve import metrics
 from transformers import AutoConfig
 
 from heliostat import installed
@@ -24,8 +25,19 @@ from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
+from serve.application import (
+    LATENCIES_S,
+    Forwarded,
+    Health,
+    Question,
+    answering,
+    arguments,
+    http,
+    inputs_of,
+    page,
+    scaled,
+)
 from serve.application import Answer as Predictions
-from serve.application import Forwarded, Health, Question, answering, arguments, http, inputs_of, page, scaled
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -106,6 +118,10 @@ def _language_model(settings: Deploy, name: str) -> type:
     class LanguageModel(Forwarded):
         def __init__(self) -> None:
             self.loaded: Loaded | None = None
+            self.tokens = metrics.Counter("heliostat_serve_tokens", "By kind: of prompts, of completions", ("kind",))
+            self.first_token = metrics.Histogram(
+                "heliostat_serve_first_token_s", "From a request to the first token of its answer", LATENCIES_S
+            )
 
         async def reconfigure(self, config: dict[str, str]) -> None:
             """Serve calls this before a replica is ready, and again for another bundle: the old one answers until the
@@ -153,10 +169,20 @@ def _language_model(settings: Deploy, name: str) -> type:
                 loaded = busy.enter_context(self._model(request.model))
                 # Templates and grammars take a while: beside the streams that go on.
                 answer = await asyncio.to_thread(kind, loaded.engine, request, loaded.digest)
+                busy.callback(self._count, answer)
                 if not request.stream:
                     return JSONResponse(await answer.whole())
                 events = self._events(busy.pop_all(), answer)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+        def _count(self, answer: Answer) -> None:
+            """Once it has ended, or was given up. An answer of which nothing was drawn has no time."""
+            usage = answer.usage()
+            for kind in ("prompt", "completion"):
+                if tokens := usage[f"{kind}_tokens"]:
+                    self.tokens.inc(tokens, {"kind": kind})
+            if answer.first_token_s is not None:
+                self.first_token.observe(answer.first_token_s)
 
         async def _events(self, busy: contextlib.ExitStack, answer: Answer) -> AsyncIterator[str]:
             with busy:

@@ -16,13 +16,14 @@ LOCAL = "config.kubernetes.io/local-config"
 def render(folder: Path) -> list[Object]:
     """The objects of a folder's kustomization. Raises ValueError for what this does not know."""
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    known = {"apiVersion", "kind", "namespace", "resources", "images", "patches", "replacements"}
+    known = {"apiVersion", "kind", "namespace", "resources", "images", "patches", "replacements", "configMapGenerator"}
     if unknown := set(kustomization) - known:
         raise ValueError(f"{folder}: {unknown} are not known here")
     objects: list[Object] = []
-    for name in kustomization["resources"]:
+    for name in kustomization.get("resources", []):
         path = folder / name
         objects += render(path) if path.is_dir() else load(path.read_text())
+    objects += [_config_map(folder, each) for each in kustomization.get("configMapGenerator", [])]
     for patch in kustomization.get("patches", []):
         for each in _selected(objects, patch["target"]):
             for operation in yaml.safe_load(patch["patch"]):
@@ -41,6 +42,16 @@ def render(folder: Path) -> list[Object]:
                     *parents, last = path.split(".")
                     _at(each, parents)[last] = json.loads(json.dumps(value))
     return [each for each in objects if each["metadata"].get("annotations", {}).get(LOCAL) != "true"]
+
+
+def _config_map(folder: Path, generator: Object) -> Object:
+    """Of files, under the name that is given and no other."""
+    options = generator["options"]
+    if set(generator) != {"name", "files", "options"} or not options["disableNameSuffixHash"]:
+        raise ValueError(f"{folder}: {generator['name']} is of a kind not known here")
+    metadata = {"name": generator["name"], "labels": options["labels"]}
+    data = {name: (folder / name).read_text() for name in generator["files"]}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
 def load(text: str) -> list[Object]:

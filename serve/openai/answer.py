@@ -105,6 +105,7 @@ class Answer:
 
     def __init__(self, engine: Engine, request: Generation, fingerprint: str) -> None:
         self.engine, self.request = engine, request
+        self.begun = time.perf_counter()
         self.head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -122,6 +123,8 @@ class Answer:
             for i in range(request.n or 1)
         ]
         self.drawn = 0
+        self.first_token_s: float | None = None
+        """From the beginning to the first token that was drawn."""
 
     # -- what each kind says
 
@@ -148,6 +151,8 @@ class Answer:
         try:
             async for index, piece in stream:
                 self.drawn += piece.drawn
+                if self.drawn and self.first_token_s is None:
+                    self.first_token_s = time.perf_counter() - self.begun
                 yield self.part(index, piece)
         finally:
             await stream.aclose()  # type: ignore[attr-defined]

@@ -19,8 +19,9 @@ import pytest
 import yaml
 
 from heliostat.recipe import build
-from tests.pipelines.jobs import ROOT, Done, run, start
+from tests.pipelines.jobs import ROOT, Done, finish, run, start
 from tests.ports import free_port
+from tests.prometheus import Prometheus
 from tests.recipes import prepared, tiny_bert
 
 
@@ -159,6 +160,27 @@ def served_from_file(bundle: str, folder: Path, env: dict[str, str]) -> dict[str
     return answer
 
 
+METRICS = {
+    "node": "ray_node_cpu_count",
+    "autoscaler": "autoscaler_active_nodes",
+    "endpoint": "ray_heliostat_serve_requests_total",
+}
+
+
+def seen(storage: str) -> set[str]:
+    """Whose metrics Prometheus gets beside the cluster that was kept with this storage."""
+    prometheus, found = Prometheus(free_port()), set[str]()
+    job = start("monitor", "--storage", storage, "--port", str(prometheus.port), "--every-s", "1")
+    deadline = time.monotonic() + 60
+    while found != set(METRICS) and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+        if prometheus.answers():
+            found = {name for name, query in METRICS.items() if prometheus.now(query)}
+    job.send_signal(signal.SIGINT)
+    ok(finish(job))
+    return found
+
+
 @pytest.mark.slow
 def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
     """`ray job submit` on a cluster that `--keep` left running, then `make stop` leaves nothing."""
@@ -170,6 +192,7 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
     try:
         assert httpx.get(kept.answer["endpoint"] + "/healthz", timeout=10).status_code == 200
         digest = predict(kept.answer["endpoint"])["bundle"]
+        assert seen(storage) == set(METRICS)
         submitted = subprocess.run(
             [
                 ray,

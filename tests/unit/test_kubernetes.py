@@ -442,6 +442,14 @@ def test_what_is_scraped_has_ports_of_that_name(name: str) -> None:
         assert ("metrics", METRICS) in {(p["name"], p["containerPort"]) for p in pod["containers"][0]["ports"]}
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_grafana_finds_the_dashboards(name: str) -> None:
+    (found,) = [each for each in overlay(name) if each["kind"] == "ConfigMap"]
+    assert found["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert set(found["data"]) == {file.name for file in (ROOT / "deploy" / "grafana").glob("*.json")}
+    assert all(json.loads(text)["uid"] for text in found["data"].values())
+
+
 def test_what_kustomize_might_do_and_this_does_not_is_refused(tmp_path: Path) -> None:
     kustomization = {"resources": [], "commonLabels": {"a": "b"}}
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))

@@ -13,7 +13,7 @@ from typing import Any
 
 from heliostat.hardware import this_machine
 from heliostat.placement import check_placement, logical_cpus
-from heliostat.recipe import Recipe, write_atomically
+from heliostat.recipe import Recipe, Refused, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds platform/, pipelines/ and serve/."""
@@ -33,6 +33,8 @@ GCS_PORT = "RAY_GCS_SERVER_PORT"
 """Ray's variable for the port of a cluster that `ray.init` starts."""
 KEPT_SESSION = "ray.session"
 """In the storage folder: the Ray session that a kept cluster runs and its address, for whoever ends it."""
+SESSION_FLAG = "--session-dir="
+"""Of the process that every head of a cluster has: the folder of its session."""
 KEPT_MARK = "kept_by_heliostat"
 """In the folder of a Ray session: that it was started here to be kept."""
 
@@ -173,6 +175,27 @@ def stop_kept_cluster(storage: Path) -> int:
         reset_ray_address()
     file.unlink()
     return len(processes)
+
+
+def nodes_file(storage: Path) -> Path:
+    """Where Ray lists the metrics ports of its nodes, for Prometheus: of the cluster kept with this storage, else of
+    the one that was started last on this machine. Raises Refused where none runs."""
+    import psutil
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    commands = [process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])]
+    words = [word for command in commands if command[0].endswith("/gcs_server") for word in command]
+    sessions = [Path(word.removeprefix(SESSION_FLAG)) for word in words if word.startswith(SESSION_FLAG)]
+    lists = [session / PROMETHEUS_SERVICE_DISCOVERY_FILE for session in sessions if session.is_dir()]
+    if not lists:
+        raise Refused("cluster", "no Ray runs on this machine", "start one by `ray start --head`, or a job by --keep")
+    file = storage / KEPT_SESSION
+    kept = file.read_text().split()[0] if file.is_file() else ""
+    # Sessions have the time in their names.
+    found = max(lists, key=lambda path: (path.parent.name == kept, path.is_file(), path.parent.name))
+    if not found.is_file():
+        raise Refused("cluster", f"{found.parent.name} has no list of its nodes", "start it with its dashboard")
+    return found
 
 
 def _children(process: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
+from heliostat.energy import joules
 from heliostat.models.flops import peak_flops, published_peak_flops
 from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
@@ -55,7 +56,7 @@ def _worker(config: dict[str, Any]) -> None:
             watch=True,
             fault=config["fault"],
             notice=_taken_away,
-            observe=_gauges(run_dir.name, published and workers * published),
+            observe=gauges(run_dir.name, recipe, device.type == "cuda", published and workers * published),
         )
         if ray.train.get_context().get_world_rank() == 0:
             peak, known = peak_flops(device, dtype)
@@ -155,12 +156,12 @@ def fit(
     return outcome | report(run_dir, started, outcome)
 
 
-def _gauges(run: str, peak_flops: float | None) -> Callable[[Pulse], None]:
-    """What Ray exports to Prometheus of a run, each name with `ray_` before it. `peak_flops`: a second, of all workers;
-    None where it is not published."""
+def gauges(run: str, recipe: Recipe, on_gpus: bool, peak_flops: float | None) -> Callable[[Pulse], None]:
+    """What Ray exports to Prometheus of a run, each name with `ray_` before it. `recipe`: with the workers there are;
+    `peak_flops`: a second, of all of them; None where it is not published."""
     from ray.util.metrics import Gauge
 
-    labels = ("run", "attempt")
+    labels, workers = ("run", "attempt"), recipe.parallelism.workers
 
     def gauge(name: str, of: str, *more: str) -> Gauge:
         return Gauge(f"heliostat_train_{name}", of, (*labels, *more))
@@ -172,6 +173,7 @@ def _gauges(run: str, peak_flops: float | None) -> Callable[[Pulse], None]:
     grad_norm = gauge("grad_norm", "Of the last step, before clipping")
     checkpoint = gauge("last_checkpoint_time_s", "When the last checkpoint was complete, else the attempt's beginning")
     bad_steps = gauge("bad_steps", "Steps of the run whose loss or gradient was not finite, or whose loss spiked")
+    energy = gauge("joules", "Estimated, of all workers in the loop, from what the first one has taken")
     flops_per_token = gauge("flops_per_token", "Of the forward and the backward pass")
     peak = gauge("peak_flops_per_s", "Of all workers, as published")
 
@@ -182,6 +184,7 @@ def _gauges(run: str, peak_flops: float | None) -> Callable[[Pulse], None]:
             seconds_by_class.set(value, tags | {"class": name})
         checkpoint.set(pulse.checkpoint, tags)
         bad_steps.set(pulse.bad_steps, tags)
+        energy.set(workers * joules(recipe.energy, pulse.loop_cpu_s, pulse.loop_s * on_gpus), tags)
         if pulse.figures:
             loss.set(pulse.figures["loss"], tags)
             grad_norm.set(pulse.figures["grad_norm"], tags)

@@ -276,6 +276,7 @@ class Run:
             self.flops_per_token,
             self.checkpoints.completed,
             self.guard.bad_steps,
+            **self._spent(),
         )
 
     def _input(self) -> Generator[list[Batch], None, None] | Prefetcher[Cursor, list[Batch]]:

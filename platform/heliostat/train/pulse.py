@@ -22,3 +22,7 @@ class Pulse(NamedTuple):
     """When the last checkpoint was complete (Unix time); before there was one, when the attempt began."""
     bad_steps: int
     """Of all attempts."""
+    loop_s: float
+    """That this process has been in the loop."""
+    loop_cpu_s: float
+    """And its processors' time."""

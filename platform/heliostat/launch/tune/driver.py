@@ -42,14 +42,15 @@ class Driver:
         max_concurrent: int = 0,
         ended: Callable[[dict[str, Any]], None] = lambda row: None,
         reported: Callable[[], None] = lambda: None,
+        waits: Callable[[], None] = lambda: None,
     ) -> None:
         """`max_concurrent`: 0 for as many as fit. `ended` is told of each trial that has ended, as it is listed;
-        `reported` that one has reported."""
+        `reported` that one has reported; `waits` that the driver waits, every few seconds or more often."""
         import ray
 
         self.ray = ray
         self.study, self.objective, self.max_concurrent = study, objective, max_concurrent
-        self.ended, self.reported = ended, reported
+        self.ended, self.reported, self.waits = ended, reported, waits
         self.shared = ray.put(objective)
         self.running: dict[Any, Running] = {}
         """By the reference to what comes next of each."""
@@ -67,6 +68,7 @@ class Driver:
                 self._start()
                 if not self.running:
                     break
+                self.waits()
                 ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=ROOM_S)
                 for reference in ready:
                     self._take(self.running.pop(reference), reference)

@@ -11,6 +11,7 @@ from heliostat.energy import ESTIMATED, JOULES_PER_KWH
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.tune.baseline import compare, try_baseline
 from heliostat.launch.tune.driver import Driver
+from heliostat.launch.tune.gauges import Gauges
 from heliostat.launch.tune.report import REPORT_FILE, write_report
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.space import (
@@ -52,8 +53,15 @@ def search(
     trials_folder = folder / "trials"
     baseline = try_baseline(recipe, prepared, folder) if with_baseline else None
     training = Training(recipe, _prepare_all(recipe, prepared), trials_folder, trials_use_gpu(recipe, nodes))
+    gauges = Gauges(study)
     with Watch(study) as watch:
-        ended_by = Driver(study, training, recipe.tune.max_concurrent, watch.ended, watch.reported).run()
+
+        def ended(row: dict[str, Any]) -> None:
+            watch.ended(row)
+            gauges.ended(row)
+
+        driver = Driver(study, training, recipe.tune.max_concurrent, ended, watch.reported, gauges.tell)
+        ended_by = driver.run()
     shutil.rmtree(trials_folder, ignore_errors=True)
     trials = study.rows()
     done = [trial for trial in trials if trial["state"] == DONE]

@@ -1,0 +1,1 @@
+"""Watching from outside: Prometheus on this machine, and the dashboards that Grafana shows of what it holds."""
