@@ -18,18 +18,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from heliostat.recipe.base import Refused, Section, Seed
+from heliostat.recipe.searching import Choice, Integers, LogUniform, SearchRange, Tune, Uniform
 from heliostat.recipe.sections import (
     SHARD_AXES,
     SHARD_OPTIONS,
     Checkpoint,
-    Choice,
     Data,
-    Deploy,
     Energy,
-    Gate,
-    GgufDtype,
-    Integers,
-    LogUniform,
     Lora,
     MixtureSource,
     Model,
@@ -37,17 +33,11 @@ from heliostat.recipe.sections import (
     Parallelism,
     PipelineSchedule,
     Recovery,
-    Refused,
-    Rollout,
     Schedule,
-    SearchRange,
-    Section,
-    Seed,
     Tracking,
     Training,
-    Tune,
-    Uniform,
 )
+from heliostat.recipe.serving import Deploy, Gate, GgufDtype, Rollout
 
 __all__ = [
     "OPEN",

@@ -1,44 +1,16 @@
-"""The sections of a recipe, and its refusals. Every default lives here and nowhere else."""
+"""The sections of a recipe about its model, its data and their training. Every default lives in a section, and nowhere
+else."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-GgufDtype = Literal["q8_0", "f16", "f32"]
+from heliostat.recipe.base import Count, Fraction, Refused, Section, no_password
+
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "zbv"]
-
-
-class Refused(ValueError):
-    """Input that cannot be used. Raised before any cluster time is spent; jobs exit with code 2 on it."""
-
-    def __init__(self, field: str, reason: str, suggestion: str = "") -> None:
-        super().__init__(f"{field}: {reason}" + (f" ({suggestion})" if suggestion else ""))
-        self.field, self.reason, self.suggestion = field, reason, suggestion
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.reason, self.suggestion)
-
-
-def _no_password(field: str, address: str, instead: str) -> None:
-    """A recipe is written beside every run, and into tracking."""
-    try:
-        password = urlsplit(address).password
-    except ValueError as error:
-        raise Refused(field, f"it is no address: {error}") from None
-    if password:
-        raise Refused(field, "it holds a password, which would be written down with the recipe", f"use {instead}")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class Lora(Section):
@@ -291,170 +263,6 @@ class Recovery(Section):
     """How often a run with fewer than `parallelism.workers` looks whether there are more again."""
 
 
-class Range(Section):
-    when: dict[str, Annotated[list[bool | int | float | str], Field(min_length=1)]] = {}
-    """Searched where each of these other paths of the space has one of these values; elsewhere the recipe's own value
-    stays."""
-
-
-class Uniform(Range):
-    kind: Literal["uniform"] = "uniform"
-    low: float
-    high: float
-
-
-class LogUniform(Range):
-    kind: Literal["log_uniform"] = "log_uniform"
-    low: PositiveFloat
-    high: PositiveFloat
-
-
-class Integers(Range):
-    kind: Literal["int"] = "int"
-    low: int
-    high: int
-
-
-class Choice(Range):
-    kind: Literal["choice"] = "choice"
-    values: Annotated[list[bool | int | float | str], Field(min_length=1)]
-
-
-SearchRange = Annotated[Uniform | LogUniform | Integers | Choice, Field(discriminator="kind")]
-
-
-class Tune(Section):
-    algorithm: Literal["random", "grid", "tpe", "cma_es", "nsga2"] = "tpe"
-    """What proposes values: Optuna's samplers, or every combination of a space of choices."""
-    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "asha"
-    """What ends trials early, by the metric that they report; `pbt` has them go on from better ones' weights, with
-    changed values, as trials beyond `num_trials`."""
-    objectives: list[str] = []
-    """What is to be good at once: the task's metric, `seconds` (of training), `parameters`, `joules` (of training,
-    estimated), `latency` (median seconds that the trained model takes for one row). Empty: the metric."""
-    num_trials: PositiveInt = 4
-    hours: PositiveFloat | None = None
-    """After so many no trial starts, and those that run end at their next report; resumed searches count on."""
-    gpu_hours: PositiveFloat | None = None
-    """The same for the sum over GPUs."""
-    kwh: PositiveFloat | None = None
-    """The same for the energy that trials took, as estimated from `energy`."""
-    max_concurrent: Count = 0
-    """0: as many as fit."""
-    workers_per_trial: PositiveInt = 1
-    max_failures: Count = 2
-    """How often a trial whose process dies goes on from its checkpoint."""
-    storage: str = ""
-    """The study's database, as SQLAlchemy writes it: postgresql://user@host/name. Empty: a SQLite file in the run's
-    folder. Its password comes from PGPASSWORD or ~/.pgpass."""
-    limit: PositiveInt | None = None
-    """Training rows of a trial."""
-    epochs: PositiveFloat = 1.0
-    reports: PositiveInt = 4
-    """Evaluations of a full-length trial; ASHA may stop it at each."""
-    space: dict[str, SearchRange] = {}
-    """What is searched: recipe fields by dotted path. JSON."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Tune:
-        for path, spec in self.space.items():
-            if not isinstance(spec, Choice) and not spec.low < spec.high:
-                raise ValueError(f"the range of {path} is empty: low={spec.low} is not below high={spec.high}")
-        self.in_order()
-        _no_password("tune.storage", self.storage, "PGPASSWORD or ~/.pgpass")
-        return self
-
-    def in_order(self) -> dict[str, SearchRange]:
-        """The space, each range behind those that it depends on."""
-        ordered: dict[str, SearchRange] = {}
-        left = dict(self.space)
-        while left:
-            free = {path: spec for path, spec in left.items() if not set(spec.when) & set(left)}
-            for path, spec in free.items():
-                if strange := sorted(set(spec.when) - set(self.space)):
-                    raise ValueError(f"{path} depends on {strange[0]}, which is not in the space")
-            if not free:
-                raise ValueError(f"{', '.join(sorted(left))} depend on each other in a circle")
-            ordered |= free
-            left = {path: spec for path, spec in left.items() if path not in free}
-        return ordered
-
-
-class Gate(Section):
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    """A challenger is promoted when the paired bootstrap's one-sided lower bound of its gain is above zero."""
-    resamples: PositiveInt = 2000
-
-
-class Deploy(Section):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    min_replicas: Count = 1
-    max_replicas: PositiveInt = 2
-    target_ongoing_requests: PositiveFloat = 4.0
-    max_ongoing_requests: PositiveInt = 64
-    max_queued_requests: PositiveInt = 256
-    max_batch_size: PositiveInt = 16
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
-    max_inputs: PositiveInt = 256
-    """Inputs one request may hold."""
-    max_body_bytes: PositiveInt = 4 << 20
-    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
-    threads_per_replica: PositiveInt = 1
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    """0: a replica computes on processors. 0.5: two share a GPU."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; language models keep their weights in it too."""
-    engine: Literal["embedded", "llama_cpp"] = "embedded"
-    """Language models: what draws the tokens. `llama_cpp` is the fast one on CPUs; it needs the extra `llm`."""
-    gguf_dtype: GgufDtype = "q8_0"
-    """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
-    cache_tokens: Annotated[int, Field(ge=128)] = 16384
-    """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
-
-    @model_validator(mode="after")
-    def _replicas(self) -> Deploy:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
-        if self.gpus_per_replica > 1:
-            raise ValueError(f"gpus_per_replica={self.gpus_per_replica:g}: a replica computes on one GPU; use ≤ 1")
-        return self
-
-
-class Rollout(Section):
-    error_increase: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """A new version whose error rate is this much higher does harm. Errors: answers with a status of 500 or more, or
-    none within `timeout_s`, and refusals of what the old version answers."""
-    latency_increase: PositiveFloat = 0.1
-    """So does one whose median latency (until an answer begins) is higher by this share of the old one's."""
-    quality_drop: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """So does one whose answers are judged worse by this much, on average."""
-    judge: str = ""
-    """`module:function` that is told a request and its answer, as objects, and says how good that is, from 0 to 1, or
-    None where it cannot tell. Empty: quality is not compared."""
-    false_roll_back: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    """The chance at most that a version which is no worse is rolled back, over the whole of its rollout."""
-    steps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.01, 0.05, 0.25, 0.5]
-    """A canary's shares of the traffic. What does well at the last one gets all of it."""
-    requests_per_step: PositiveInt = 1000
-    """At least."""
-    max_requests: PositiveInt = 100_000
-    """A rollout that has seen so many and is not decided is called off: the old version stays."""
-    max_s: PositiveFloat = 86_400.0
-    """So is one that took so long."""
-    timeout_s: PositiveFloat = 30.0
-    """A new version that has not begun to answer by then has failed, and the old one is asked."""
-    key_header: str = "x-user"
-    """Requests with the same value of this header go to the same version; those without go to either."""
-    num_routers: PositiveInt = 2
-
-    @model_validator(mode="after")
-    def _rising(self) -> Rollout:
-        if any(low >= high for low, high in pairwise(self.steps)):
-            raise Refused("rollout.steps", f"{self.steps} do not rise", "name each share once, the smallest first")
-        return self
-
-
 class Energy(Section):
     """What energy is estimated from. Its defaults are Green Algorithms' for hardware that it does not know."""
 
@@ -473,5 +281,5 @@ class Tracking(Section):
 
     @model_validator(mode="after")
     def _address(self) -> Tracking:
-        _no_password("tracking.uri", self.uri, "MLFLOW_TRACKING_PASSWORD")
+        no_password("tracking.uri", self.uri, "MLFLOW_TRACKING_PASSWORD")
         return self

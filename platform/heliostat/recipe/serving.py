@@ -1,0 +1,87 @@
+"""The sections of a recipe that say which bundle is deployed, how it is served, and how another takes its place."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from heliostat.recipe.base import Count, Refused, Section
+
+GgufDtype = Literal["q8_0", "f16", "f32"]
+
+
+class Gate(Section):
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """A challenger is promoted when the paired bootstrap's one-sided lower bound of its gain is above zero."""
+    resamples: PositiveInt = 2000
+
+
+class Deploy(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    min_replicas: Count = 1
+    max_replicas: PositiveInt = 2
+    target_ongoing_requests: PositiveFloat = 4.0
+    max_ongoing_requests: PositiveInt = 64
+    max_queued_requests: PositiveInt = 256
+    max_batch_size: PositiveInt = 16
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
+    max_inputs: PositiveInt = 256
+    """Inputs one request may hold."""
+    max_body_bytes: PositiveInt = 4 << 20
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
+    threads_per_replica: PositiveInt = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """0: a replica computes on processors. 0.5: two share a GPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; language models keep their weights in it too."""
+    engine: Literal["embedded", "llama_cpp"] = "embedded"
+    """Language models: what draws the tokens. `llama_cpp` is the fast one on CPUs; it needs the extra `llm`."""
+    gguf_dtype: GgufDtype = "q8_0"
+    """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
+    cache_tokens: Annotated[int, Field(ge=128)] = 16384
+    """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Deploy:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
+        if self.gpus_per_replica > 1:
+            raise ValueError(f"gpus_per_replica={self.gpus_per_replica:g}: a replica computes on one GPU; use ≤ 1")
+        return self
+
+
+class Rollout(Section):
+    error_increase: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """A new version whose error rate is this much higher does harm. Errors: answers with a status of 500 or more, or
+    none within `timeout_s`, and refusals of what the old version answers."""
+    latency_increase: PositiveFloat = 0.1
+    """So does one whose median latency (until an answer begins) is higher by this share of the old one's."""
+    quality_drop: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """So does one whose answers are judged worse by this much, on average."""
+    judge: str = ""
+    """`module:function` that is told a request and its answer, as objects, and says how good that is, from 0 to 1, or
+    None where it cannot tell. Empty: quality is not compared."""
+    false_roll_back: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """The chance at most that a version which is no worse is rolled back, over the whole of its rollout."""
+    steps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.01, 0.05, 0.25, 0.5]
+    """A canary's shares of the traffic. What does well at the last one gets all of it."""
+    requests_per_step: PositiveInt = 1000
+    """At least."""
+    max_requests: PositiveInt = 100_000
+    """A rollout that has seen so many and is not decided is called off: the old version stays."""
+    max_s: PositiveFloat = 86_400.0
+    """So is one that took so long."""
+    timeout_s: PositiveFloat = 30.0
+    """A new version that has not begun to answer by then has failed, and the old one is asked."""
+    key_header: str = "x-user"
+    """Requests with the same value of this header go to the same version; those without go to either."""
+    num_routers: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _rising(self) -> Rollout:
+        if any(low >= high for low, high in pairwise(self.steps)):
+            raise Refused("rollout.steps", f"{self.steps} do not rise", "name each share once, the smallest first")
+        return self
