@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +46,13 @@ def answer(name: str, body: Callable[[], dict[str, Any]], run_dir: Callable[[], 
             write_atomically(Path(whole["result"]), text + "\n")
         say(text)
     return EXIT_CODES.get(whole["status"], 0)
+
+
+def end_on_signals() -> None:
+    """For jobs that run until they are told: SIGTERM ends them as Ctrl-C does, and so does SIGINT where a shell that
+    started them in the background had it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextlib.contextmanager

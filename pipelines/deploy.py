@@ -6,6 +6,7 @@ from typing import Any
 
 from heliostat.launch.cluster import connect
 from heliostat.models import bundle as bundles
+from pipelines.answer import end_on_signals
 from pipelines.job import Job, main
 from pipelines.register import chosen_bundle
 from serve.application import deploy
@@ -14,6 +15,7 @@ from serve.application import deploy
 def run(job: Job) -> dict[str, Any]:
     bundle = bundles.read(chosen_bundle(job))
     with connect(job.recipe, job.options.address, job.options.keep):
+        end_on_signals()
         endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)
         print(f"serving {bundle.path} at {endpoint}", flush=True)
         try:

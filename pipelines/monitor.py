@@ -2,7 +2,6 @@
 with the project's rules, until Ctrl-C."""
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from heliostat.launch.cluster import ROOT, nodes_file
 from heliostat.monitor.prometheus import check, configure, prometheus
 from heliostat.recipe import Recipe
-from pipelines.answer import answer
+from pipelines.answer import answer, end_on_signals
 
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 DASHBOARDS = ROOT / "deploy" / "grafana"
@@ -45,8 +44,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first may be ignored: a shell in the background does that
-        signal.signal(number, signal.default_int_handler)
+    end_on_signals()
     return answer("monitor", lambda: run(options))
 
 

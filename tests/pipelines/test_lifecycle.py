@@ -114,17 +114,19 @@ def test_deploy_serves_until_interrupted(weak_champion: Path) -> None:
     recipe_file = weak_champion
     port = json.loads(recipe_file.read_text())["deploy"]["port"]
     process = start("deploy", str(recipe_file))
-
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("serving "):
-            break
-    assert said[-1].startswith("serving "), "".join(said)[-3000:]
-    predict(f"http://127.0.0.1:{port}")
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("serving "):
+                break
+        assert said[-1].startswith("serving "), "".join(said)[-3000:]
+        predict(f"http://127.0.0.1:{port}")
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, stderr[-3000:]
     assert json.loads(stdout.strip().splitlines()[-1])["endpoint"].endswith(str(port))
 
