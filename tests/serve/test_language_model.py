@@ -396,7 +396,7 @@ def test_an_engine_that_cannot_serve_a_bundle_is_refused_before_it_starts(tmp_pa
         application(image_bundle(tmp_path), "1", settings)
     recipe, tokenizer = tiny_llama(tmp_path), tiny_tokenizer()
     recipe = override(recipe, {"model.config": {**recipe.model.config, "hidden_act": "gelu"}})
-    path = write(tmp_path / "gelu", recipe, tokenizer, 0, processor_facts(tokenizer))
+    path = write(tmp_path / "gelu", recipe, tokenizer, processor_facts(tokenizer))
     with pytest.raises(Refused, match="has no gelu"):
         application(path, "1", settings)
 
