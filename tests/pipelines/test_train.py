@@ -27,7 +27,7 @@ LONG = {
 }
 
 
-def wait_for(condition: object, timeout_s: float = 120) -> None:
+def wait_for(condition: object, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited in vain"
