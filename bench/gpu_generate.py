@@ -26,23 +26,14 @@ import torch
 import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from bench.gpu_throughput import PRESETS
 from bench.serve_llm import CONFIG, NEW_TOKENS, engine_asker, generated, load, prompts, summary
 from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
 from heliostat.models.load import train_tokenizer
 
 CACHE_TOKENS = 65536
 SIZES: dict[str, dict[str, Any]] = {
-    "1b": {  # Llama 3.2 1B
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
+    "1b": PRESETS["llama-1b"].config | {"max_position_embeddings": 8192},  # Llama 3.2 1B
     "tiny": {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
 }
 
