@@ -97,7 +97,6 @@ def main() -> None:
             digits(),
             {
                 "storage": f"{folder}/storage",
-                "parallelism.workers": 1,
                 "tune.space": SPACE,
                 "tune.algorithm": "random",
                 "tune.num_trials": options.trials,
