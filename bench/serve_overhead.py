@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import socket
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from ray import serve
 
 import heliostat.launch.cluster as cluster
 from heliostat.data.prepare import prepare
+from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, build
@@ -120,12 +120,6 @@ def bare_serve(bundle_path: Path, settings: Deploy) -> serve.Application:
         pass
 
     return Bare.bind()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def serve_processes(application: str) -> list[psutil.Process]:

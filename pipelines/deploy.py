@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from heliostat.launch.cluster import connect
+from heliostat.launch.cluster import connect, dashboard
 from heliostat.models import bundle as bundles
 from pipelines.answer import end_on_signals
 from pipelines.job import Job, main
@@ -17,7 +17,8 @@ def run(job: Job) -> dict[str, Any]:
     with connect(job.recipe, job.options.address, job.options.keep):
         end_on_signals()
         endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)
-        print(f"serving {bundle.path} at {endpoint}", flush=True)
+        kept = f"; `make stop` ends it; Ray dashboard: {dashboard()}" if job.options.keep else ""
+        print(f"serving {bundle.path} at {endpoint}{kept}", flush=True)
         try:
             while not (job.options.keep or job.options.address):
                 time.sleep(1)  # until Ctrl-C: the cluster lives as long as this job

@@ -13,7 +13,7 @@ from heliostat.data.loader import open_split
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.evaluate import gain
 from heliostat.launch.batch import run_on_ray
-from heliostat.launch.cluster import connect
+from heliostat.launch.cluster import connect, dashboard
 from heliostat.launch.train import fit
 from heliostat.launch.tune import STUDY_FILE
 from heliostat.launch.tune.search import search
@@ -129,7 +129,7 @@ def run(job: Job) -> dict[str, Any]:
             endpoint = f"http://{recipe.deploy.host}:{recipe.deploy.port}"
             answers = stages("ask", lambda: ask(endpoint, bundle))["answers"]
         if options.keep:
-            pages["mlflow"] = page(recipe)
+            pages |= {"mlflow": page(recipe), "dashboard": dashboard()}
     table(stages.rows, metrics, decision, endpoint, answers, pages, options.keep)
     return {
         "status": "done",
@@ -238,7 +238,7 @@ def table(
     console.print(f"MLflow: {pages['mlflow']}")
     if keep:
         console.print(
-            f"endpoint: {endpoint}/docs\nRay dashboard: http://127.0.0.1:8265 (asks for the token that "
+            f"endpoint: {endpoint}/docs\nRay dashboard: {pages['dashboard']} (asks for the token that "
             "`ray get-auth-token` prints)\n`make stop` ends all of it"
         )
 

@@ -14,6 +14,7 @@ from heliostat.registry import Version, champion, promote, register, tag
 from heliostat.rollout.outcomes import Judge, compared
 from heliostat.rollout.schedule import Schedule, parse_strategy
 from heliostat.tasks import load_object
+from pipelines.answer import end_on_signals
 from pipelines.job import Job, main
 from serve.rollout import Served, Split, split
 
@@ -85,6 +86,7 @@ def run(job: Job) -> dict[str, Any]:
     check(recipe, to, options.strategy)  # before Ray starts
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with connect(recipe, options.address, options.keep):
+        end_on_signals()  # or the router stays
         result = rollout(recipe, to, options.strategy)
     print(f"{result['decision']}: {json.dumps(result['evidence'])}", flush=True)
     return result

@@ -14,7 +14,7 @@ import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tests.ports import free_port
+from heliostat.hardware import free_port
 
 
 def until_it_answers(port: int, within_s: float = 60) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.ports import free_port
+from heliostat.hardware import free_port
 
 POSTGRES = Path("/usr/lib/postgresql")
 PASSWORD = "a-password-of-the-test"

@@ -57,3 +57,12 @@ def cannot_listen(host: str, port: int) -> str:
         except OSError as error:
             return error.strerror or str(error)
     return ""
+
+
+def free_port(preferred: int = 0) -> int:
+    """A port that nothing listens on now: the preferred one where it is free."""
+    if preferred and not cannot_listen("0.0.0.0", preferred):
+        return preferred
+    with socket.socket() as probe:
+        probe.bind(("0.0.0.0", 0))
+        return int(probe.getsockname()[1])

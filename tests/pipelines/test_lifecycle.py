@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from heliostat.hardware import free_port
+from heliostat.launch.cluster import KEPT_SESSION, stop_kept_cluster
 from heliostat.recipe import build
 from tests.pipelines.jobs import ROOT, Done, finish, run, start
-from tests.ports import free_port
 from tests.prometheus import Prometheus
 from tests.recipes import prepared, tiny_bert
 
@@ -183,13 +184,22 @@ def seen(storage: str) -> set[str]:
     return found
 
 
+KEEP = """
+import sys
+from pathlib import Path
+from heliostat.launch.cluster import connect
+from heliostat.recipe import load, override
+with connect(override(load(Path(sys.argv[1])), {"storage": sys.argv[2]}), keep=True):
+    pass
+"""
+
+
 @pytest.mark.slow
-def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
+def test_submitted_job_and_kept_cluster(weak_champion: Path, tmp_path: Path) -> None:
     """`ray job submit` on a cluster that `--keep` left running, then `make stop` leaves nothing."""
     recipe_file = weak_champion
     storage = json.loads(recipe_file.read_text())["storage"]
     kept = ok(run("deploy", str(recipe_file), "--keep"))
-    ray = str(Path(sys.executable).with_name("ray"))
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "http://127.0.0.1:8265"}
     try:
         assert httpx.get(kept.answer["endpoint"] + "/healthz", timeout=10).status_code == 200
@@ -197,7 +207,7 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
         assert seen(storage) == set(METRICS)
         submitted = subprocess.run(
             [
-                ray,
+                str(Path(sys.executable).with_name("ray")),
                 "job",
                 "submit",
                 "--runtime-env",
@@ -221,6 +231,14 @@ def test_submitted_job_and_kept_cluster(weak_champion: Path) -> None:
         assert served_from_file(kept.answer["bundle"], Path(storage), env)["bundle"] == digest
         # A job without an address is still on its own: the kept cluster is neither used nor in its way.
         ok(run("train", str(recipe_file), "--schedule.max-steps", "1", "--run-name", "beside"))
+        # Another storage keeps another cluster; ending that one touches no other.
+        before = (Path(storage) / KEPT_SESSION).read_text()
+        for folder in (storage, str(tmp_path)):
+            subprocess.run([sys.executable, "-c", KEEP, recipe_file, folder], cwd=ROOT, env=env, check=True)
+        assert (Path(storage) / KEPT_SESSION).read_text() == before
+        assert (tmp_path / KEPT_SESSION).read_text().split()[0] != before.split()[0]
+        assert stop_kept_cluster(tmp_path) > 0
+        assert httpx.get(kept.answer["endpoint"] + "/healthz", timeout=10).status_code == 200
     finally:
         stopped = subprocess.run(
             [sys.executable, "-m", "pipelines.stop", "--storage", storage],

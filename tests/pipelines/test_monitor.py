@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from heliostat.hardware import free_port
 from heliostat.launch.cluster import KEPT_SESSION, nodes_file
 from heliostat.launch.train import fit
 from heliostat.launch.tune.search import search
@@ -30,7 +31,6 @@ from serve.application import deploy
 from tests import needs, recipes
 from tests.bundles import chat_bundle
 from tests.pipelines.jobs import ROOT, finish, run, start
-from tests.ports import free_port
 from tests.prometheus import Prometheus
 
 LIST = "prom_metrics_service_discovery.json"

@@ -18,6 +18,7 @@ import skops.io
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from heliostat.data.loader import open_split
+from heliostat.hardware import free_port
 from heliostat.launch.tune.baseline import ESTIMATOR_FILE, compare, try_baseline
 from heliostat.launch.tune.report import REPORT_FILE
 from heliostat.launch.tune.space import trial_recipe
@@ -30,7 +31,6 @@ from heliostat.train.samples import collect
 from pipelines import lifecycle, predict, tune
 from pipelines.job import Job, parse
 from pipelines.register import chosen_bundle
-from tests.ports import free_port
 from tests.recipes import prepared, tiny_tabular
 
 

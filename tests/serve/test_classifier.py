@@ -16,6 +16,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
@@ -25,7 +26,6 @@ from serve.classifier import application, build
 from tests import needs, recipes
 from tests.browser import tab
 from tests.bundles import image_bundle, tabular_bundle
-from tests.ports import free_port
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
 INPUTS = [{"text": text} for text in TEXTS]

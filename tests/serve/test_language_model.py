@@ -16,6 +16,7 @@ import pydantic
 import pytest
 import yaml
 
+from heliostat.hardware import free_port
 from heliostat.models.load import processor_facts
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused, override
@@ -24,7 +25,6 @@ from tests import needs
 from tests.browser import tab
 from tests.bundles import Reference, chat_bundle, image_bundle, write
 from tests.generation import tiny_tokenizer
-from tests.ports import free_port
 from tests.recipes import tiny_llama
 
 CHAT: list[Any] = [{"role": "user", "content": "sun salt mirror"}]

@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from heliostat import registry
+from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
 from heliostat.recipe import Recipe, Refused, override
@@ -30,7 +31,6 @@ from serve.application import deploy
 from serve.rollout import ROUTER
 from tests import recipes
 from tests.bundles import image_bundle, write
-from tests.ports import free_port
 from tests.versions import LABELLED
 
 SETTINGS = {
@@ -205,6 +205,18 @@ def test_a_bad_canary_is_rolled_back(recipe: Recipe, first: Bundle, load: Load, 
     assert champion(recipe).version == result["from"]
     assert served(load.url) == str(result["from"])
     assert load.versions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["shadow", "blue_green"])
+def test_a_good_version_is_promoted(recipe: Recipe, first: Bundle, load: Load, strategy: str) -> None:
+    result = rollout(recipe, untrained(recipe, first, 6 if strategy == "shadow" else 7), strategy)
+    assert result["decision"] == "promoted", result
+    assert champion(recipe).version == result["version"]
+    assert served(load.url) == str(result["version"])
+    wait(lambda: load.last == str(result["version"]))
+    assert set(load.versions) == {str(result["from"]), str(result["version"])}
+    assert set(applications()[recipe.name]["deployments"]) == {"classifier"}
 
 
 @pytest.mark.slow

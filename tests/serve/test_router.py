@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from heliostat import registry
+from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
-from heliostat.recipe import override
+from heliostat.recipe import Recipe, override
 from heliostat.rollout.outcomes import Seen
 from heliostat.rollout.schedule import Traffic
+from pipelines.rollout import rollout
+from serve.application import deploy
 from serve.rollout import Served, Split, split
-from tests.bundles import chat_bundle
-from tests.ports import free_port
+from tests.bundles import Reference, chat_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -33,10 +39,9 @@ def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     serve.shutdown()
 
 
-def streamed(versions: Split, **headers: str) -> tuple[str, set[str | None]]:
+def streamed(recipe: Recipe, **headers: str) -> tuple[str, set[str | None]]:
     """The text that was streamed, and the fingerprints of the bundle that made it."""
-    port = versions.recipe.deploy.port
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{recipe.deploy.port}/v1", api_key="none", max_retries=0)
     chunks = list(
         client.completions.create(
             model="tiny", prompt="sun salt", max_tokens=12, temperature=0, stream=True, extra_headers=headers
@@ -45,12 +50,55 @@ def streamed(versions: Split, **headers: str) -> tuple[str, set[str | None]]:
     return "".join(chunk.choices[0].text for chunk in chunks), {chunk.system_fingerprint for chunk in chunks}
 
 
+def test_a_whole_rollout_under_streams(ray_cluster: None, tmp_path: Path) -> None:
+    """Each answer is one version's from its first token to its last, and nobody loses one."""
+    from ray import serve
+
+    settings = {
+        "name": "tiny",
+        "storage": str(tmp_path),
+        "deploy.port": free_port(),
+        "deploy.max_replicas": 1,
+        "rollout.steps": [0.5],
+        "rollout.requests_per_step": 40,
+        "rollout.num_routers": 1,
+        "rollout.error_increase": 0.3,
+        "rollout.latency_increase": 2.0,
+        "rollout.max_s": 200.0,
+    }
+    old, new = (bundles.read(chat_bundle(tmp_path, seed)) for seed in (0, 1))
+    recipe = override(old.recipe, settings)
+    version = registry.register(recipe, old, None)
+    registry.promote(recipe, version)
+    deploy(version.path, str(version.version), recipe.deploy, recipe.name)
+    found: list[tuple[str, set[str | None]]] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            found.append(streamed(recipe))
+
+    with ThreadPoolExecutor(2) as clients:
+        asking = [clients.submit(ask) for _ in range(2)]
+        try:
+            result = rollout(recipe, new, "canary")
+        finally:
+            over.set()
+        for each in asking:
+            each.result()  # which raises what a client met
+    assert result["decision"] == "promoted", result
+    texts = {bundle.digest[:12]: Reference(bundle.path).text("sun salt", 12) for bundle in (old, new)}
+    assert {(text, *fingerprints) for text, fingerprints in found} == {(text, name) for name, text in texts.items()}
+    assert streamed(recipe) == (texts[new.digest[:12]], {new.digest[:12]})
+    serve.shutdown()
+
+
 def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None:
     versions.exchange(Traffic(0.0))
-    old, fingerprints = streamed(versions)
+    old, fingerprints = streamed(versions.recipe)
     assert fingerprints == {bundles.read(versions.stable.bundle).digest[:12]}
     (seen,) = versions.exchange(Traffic(1.0))
-    new, fingerprints = streamed(versions)
+    new, fingerprints = streamed(versions.recipe)
     assert fingerprints == {bundles.read(versions.candidate.bundle).digest[:12]}
     assert old != new
     (other,) = versions.exchange(Traffic(0.0, copied=True))
@@ -58,7 +106,7 @@ def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None
     assert seen.stable is not None
     assert other.candidate is not None
     assert 0 < seen.stable.latency_s < 30
-    assert streamed(versions) == (old, {bundles.read(versions.stable.bundle).digest[:12]})
+    assert streamed(versions.recipe) == (old, {bundles.read(versions.stable.bundle).digest[:12]})
     pairs: list[Seen] = []
     limit = time.monotonic() + 30
     while not pairs and time.monotonic() < limit:
@@ -72,7 +120,7 @@ def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None
 
 def test_a_user_stays_with_one_version(versions: Split) -> None:
     versions.exchange(Traffic(0.5))
-    found = {user: [streamed(versions, **{"x-user": user})[0] for _ in range(3)] for user in "abcdefghij"}
+    found = {user: [streamed(versions.recipe, **{"x-user": user})[0] for _ in range(3)] for user in "abcdefghij"}
     assert all(len(set(texts)) == 1 for texts in found.values())
     assert len({texts[0] for texts in found.values()}) == 2
     versions.exchange(Traffic(0.0))

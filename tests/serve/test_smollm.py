@@ -10,12 +10,12 @@ from typing import Any
 import openai
 import pytest
 
+from heliostat.hardware import free_port
 from heliostat.recipe import Deploy
 from pipelines.bundle import run
 from pipelines.job import main
 from serve.application import deploy
 from tests.bundles import Reference
-from tests.ports import free_port
 
 QUESTIONS = [
     "What is a heliostat?",

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from heliostat import registry, tracking
+from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
 from heliostat.recipe import Recipe, Refused, override
 from heliostat.train.loop import train
-from tests.ports import free_port
 from tests.recipes import prepared, tiny_bert
 
 

@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 
 from heliostat import tracking
 from heliostat.curves import read_metrics
+from heliostat.hardware import free_port
 from heliostat.recipe import Recipe, Refused, override
 from heliostat.train.loop import train
-from tests.ports import free_port
 from tests.recipes import prepared, tiny_bert
 
 

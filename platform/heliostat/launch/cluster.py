@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from heliostat.hardware import this_machine
+from heliostat.hardware import free_port, this_machine
 from heliostat.placement import check_placement, logical_cpus
 from heliostat.recipe import Recipe, Refused, write_atomically
 
@@ -35,8 +34,13 @@ KEPT_SESSION = "ray.session"
 """In the storage folder: the Ray session that a kept cluster runs and its address, for whoever ends it."""
 SESSION_FLAG = "--session-dir="
 """Of the process that every head of a cluster has: the folder of its session."""
-KEPT_MARK = "kept_by_heliostat"
-"""In the folder of a Ray session: that it was started here to be kept."""
+KEPT_PORTS = {
+    "port": 6379,
+    "dashboard-port": 8265,
+    "dashboard-agent-listen-port": 52365,
+    "ray-client-server-port": 10001,
+}
+"""Of a kept cluster, where they are free: those that Ray's own clients look for."""
 
 
 def environment() -> dict[str, str]:
@@ -79,16 +83,13 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
         if local and not keep:
             start_local_cluster(options)
         elif local:
-            started = start_kept_cluster()
-            ray.init(address="auto", runtime_env={"env_vars": environment()}, **options)
+            address = kept_cluster(recipe.storage_path)
+            env_vars = environment() | {"RAY_ADDRESS": address}  # as below: another Ray may run here
+            ray.init(address=address, runtime_env={"env_vars": env_vars}, **options)
             node: Any = ray._private.worker._global_node  # Ray has no public name for its session
-            session = Path(node.get_session_dir_path())
-            if started:
-                (session / KEPT_MARK).touch()
-            if (session / KEPT_MARK).exists():  # and not somebody's own `ray start`, which `make stop` must not end
-                recipe.storage_path.mkdir(parents=True, exist_ok=True)
-                address = ray.get_runtime_context().gcs_address
-                write_atomically(recipe.storage_path / KEPT_SESSION, f"{session.name} {address}")
+            session = Path(node.get_session_dir_path()).name
+            recipe.storage_path.mkdir(parents=True, exist_ok=True)
+            write_atomically(recipe.storage_path / KEPT_SESSION, f"{session} {address}")
         elif address:
             ray.init(address=address, runtime_env=runtime_env(), **options)
         else:  # submitted: the job came with its address and environment
@@ -109,9 +110,7 @@ def start_local_cluster(options: dict[str, Any]) -> None:
     # "local" and RAY_ADDRESS: another Ray that runs here, or whose address file outlived it, is not this job's. Ray's
     # own actors look clusters up by that file too, and one that asks a stranger about its trainer's controller hears
     # that it is dead, and ends the run. The address is known beforehand because the port is chosen here.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env_vars = environment() | {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
     before = os.environ.get(GCS_PORT)
     os.environ[GCS_PORT] = str(port)
@@ -129,27 +128,59 @@ def start_local_cluster(options: dict[str, Any]) -> None:
         os.environ.pop(GCS_PORT) if before is None else os.environ.update({GCS_PORT: before})
 
 
-def start_kept_cluster() -> bool:
-    """`ray start --head` on loopback, unless one runs; whether it was needed."""
+def dashboard() -> str:
+    """Where the connected cluster has it."""
+    import ray
+
+    url = ray._private.worker.get_dashboard_url()  # only `ray.init` tells it publicly, to who called it
+    return f"http://{url}"
+
+
+def kept_cluster(storage: Path) -> str:
+    """The address of the cluster that was kept with this storage; where none runs, `ray start --head` on loopback."""
+    if (kept := _kept(storage)) and any("gcs_server" in process.info["cmdline"][0] for process in kept.processes):
+        return kept.address
     ray_command = str(Path(sys.executable).with_name("ray"))
     # Submitted jobs say `python` and mean this environment's.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     env = os.environ | environment() | {"RAY_AUTH_MODE": "token", "PATH": path}
-    if subprocess.run([ray_command, "status"], env=env, capture_output=True, check=False).returncode == 0:
-        return False
+    env.pop("RAY_ADDRESS", None)  # of another cluster
+    ports = {name: free_port(port) for name, port in KEPT_PORTS.items()}
     command = [
         ray_command,
         "start",
         "--head",
         "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1",
+        *(f"--{name}={port}" for name, port in ports.items()),
+        "--min-worker-port=0",  # any: another Ray on this machine has those that are usual
+        "--max-worker-port=0",
         f"--num-cpus={logical_cpus()}",
         "--disable-usage-stats",
     ]
     started = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if started.returncode:
         raise RuntimeError(f"ray start failed: {started.stderr.strip()[-500:]}")
-    return True
+    return f"127.0.0.1:{ports['port']}"
+
+
+class Kept(NamedTuple):
+    session: str
+    address: str
+    processes: list[Any]
+    """Of the session that run still, without their children."""
+
+
+def _kept(storage: Path) -> Kept | None:
+    """The cluster that was kept with this storage, as far as it is known of."""
+    import psutil
+
+    file = storage / KEPT_SESSION
+    if not file.is_file():
+        return None
+    session, address = file.read_text().split()
+    found = [p for p in psutil.process_iter(["cmdline"]) if any(session in word for word in p.info["cmdline"] or [])]
+    return Kept(session, address, found)
 
 
 def stop_kept_cluster(storage: Path) -> int:
@@ -158,12 +189,10 @@ def stop_kept_cluster(storage: Path) -> int:
     from ray._common.utils import reset_ray_address
     from ray._private.utils import read_ray_address
 
-    file = storage / KEPT_SESSION
-    if not file.is_file():
+    kept = _kept(storage)
+    if kept is None:
         return 0
-    session, address = file.read_text().split()
-    roots = [p for p in psutil.process_iter(["cmdline"]) if any(session in word for word in p.info["cmdline"] or [])]
-    processes = {child for root in roots for child in [root, *_children(root)] if child.pid != os.getpid()}
+    processes = {child for root in kept.processes for child in [root, *_children(root)] if child.pid != os.getpid()}
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -171,9 +200,9 @@ def stop_kept_cluster(storage: Path) -> int:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=10)
-    if read_ray_address() == address:  # as `ray stop` does: Ray would go on looking for the cluster there
+    if read_ray_address() == kept.address:  # as `ray stop` does: Ray would go on looking for the cluster there
         reset_ray_address()
-    file.unlink()
+    (storage / KEPT_SESSION).unlink()
     return len(processes)
 
 
@@ -189,10 +218,9 @@ def nodes_file(storage: Path) -> Path:
     lists = [session / PROMETHEUS_SERVICE_DISCOVERY_FILE for session in sessions if session.is_dir()]
     if not lists:
         raise Refused("cluster", "no Ray runs on this machine", "start one by `ray start --head`, or a job by --keep")
-    file = storage / KEPT_SESSION
-    kept = file.read_text().split()[0] if file.is_file() else ""
+    kept = _kept(storage)
     # Sessions have the time in their names.
-    found = max(lists, key=lambda path: (path.parent.name == kept, path.is_file(), path.parent.name))
+    found = max(lists, key=lambda path: (kept and path.parent.name == kept.session, path.is_file(), path.parent.name))
     if not found.is_file():
         raise Refused("cluster", f"{found.parent.name} has no list of its nodes", "start it with its dashboard")
     return found
