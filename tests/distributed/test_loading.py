@@ -16,7 +16,7 @@ import transformers
 from heliostat.models.load import build_model
 from heliostat.parallel.mesh import make_layout
 from heliostat.parallel.parallelize import full_state, parallelize
-from heliostat.recipe import Recipe, Refused, build
+from heliostat.recipe import Recipe, Refused, build, override
 from heliostat.tasks import get_task
 from tests.distributed.harness import run
 
@@ -173,7 +173,10 @@ def peak_growth(recipe: Recipe, defer: bool) -> tuple[int, int]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    parallel = parallelize(build_model(get_task(recipe, FACTS), defer=defer), layout, recipe)
+    task = get_task(recipe, FACTS)
+    model = build_model(task, defer=defer)
+    task.check_model(model)
+    parallel = parallelize(model, layout, recipe)
     done.set()
     thread.join()
     assert parallel.model is not None
@@ -181,8 +184,9 @@ def peak_growth(recipe: Recipe, defer: bool) -> tuple[int, int]:
 
 
 def test_no_rank_holds_the_whole(tmp_path: Path) -> None:
-    """A model of 400 MB, in bfloat16 files as most are, over four ranks: each grows by about a quarter of it. Loaded
-    first and laid out then, by all of it."""
+    """A model of 400 MB, in bfloat16 files as most are, over four ranks: each grows by about a quarter of it, also with
+    adapters, where it is drawn at random, and where it is tried on documents first. Loaded first and laid out then, by
+    all of it."""
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16,
             "num_key_value_heads": 16, "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": False}  # fmt: skip
     model = save("llama", tmp_path, dtype=torch.bfloat16, **size)
@@ -192,6 +196,10 @@ def test_no_rank_holds_the_whole(tmp_path: Path) -> None:
     straight = [peak for peak, _ in run(4, peak_growth, recipe, True)]
     adapted = recipe_for(tmp_path, "language_model", {"fsdp": 4}, lora={"rank": 4})
     straight += [peak for peak, _ in run(4, peak_growth, adapted, True)]
+    drawn = override(recipe, {"model.name": "", "model.config": size | {"model_type": "llama"}})
+    tried = override(drawn, {"data.pack": True, "data.isolate_documents": True, "data.sequence_length": 64})
+    for other in (drawn, tried):
+        straight += [peak for peak, _ in run(4, peak_growth, other, True)]
     first_whole = [peak for peak, _ in run(4, peak_growth, recipe, False)]
     assert max(straight) < 0.45 * whole, (straight, whole)
     assert min(first_whole) > 0.95 * whole, (first_whole, whole)

@@ -11,7 +11,7 @@ import transformers
 
 from heliostat.curves import METRICS_FILE, read_metrics
 from heliostat.data.prepare import read_prepared
-from heliostat.models.load import blocks
+from heliostat.models.blocks import blocks
 from heliostat.parallel.plans import tensor_plan
 from heliostat.recipe import Parallelism, Recipe, Refused, override
 from heliostat.train.loop import Run

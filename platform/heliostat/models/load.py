@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from heliostat.models.blocks import blocks
 from heliostat.models.describe import model_folder
 from heliostat.models.packaged import PREFIX, packaged_model
 from heliostat.models.weights import Weights
@@ -89,23 +90,17 @@ def _know_own_families() -> None:
 
 
 def build_model(task: Task, defer: bool = False) -> Any:
-    """The model on CPU in float32, pre-trained where the recipe says so; new parameters and adapters are drawn from
-    the recipe's seed, alike on every rank. `model.new_parameters` names those that no checkpoint held.
+    """The model on CPU in float32, pre-trained where the recipe says so; all else is drawn from the recipe's seed,
+    alike on every rank. `model.new_parameters` names what no checkpoint held of a pre-trained model.
 
-    `defer`: a pre-trained model stays on meta, and `model.weights` will load it once it is laid out."""
+    `defer`: the model stays on meta, and `model.weights` will give it values once it is laid out."""
     recipe = task.recipe
     config = transformers_config(recipe.model, **task.model_config())
     pretrained = bool(recipe.model.name and recipe.model.pretrained)
-    if pretrained:
-        with torch.device("meta"):
-            model = auto_class(task).from_config(config, dtype=torch.float32)
-        model.weights = Weights(resolve(recipe.model.name), model, recipe.seed)
-        model.new_parameters = model.weights.lacking() if recipe.model.lora.rank else set()
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            model = auto_class(task).from_config(config, dtype=torch.float32)
-        model.weights, model.new_parameters = None, set()
+    with torch.device("meta"):
+        model = auto_class(task).from_config(config, dtype=torch.float32)
+    model.weights = Weights(resolve(recipe.model.name) if pretrained else "", model, recipe.seed)
+    model.new_parameters = model.weights.lacking() if pretrained and recipe.model.lora.rank else set()
     if recipe.model.lora.rank:
         from heliostat.models.lora import add_adapters
 
@@ -114,7 +109,7 @@ def build_model(task: Task, defer: bool = False) -> Any:
     # eight of a kind it gives up.
     model.config.get_text_config().use_cache = False
     freeze(model, recipe.model.freeze_layers)
-    if pretrained and not defer:
+    if not defer:
         load_weights(model, torch.device("cpu"))
     return model
 
@@ -131,18 +126,6 @@ def load_weights(model: Any, device: torch.device) -> None:
     else:
         model.new_parameters = weights.load_into(model, device)
     model.weights = None
-
-
-def blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """The name and the list of the model's repeated blocks: its longest ModuleList of one kind."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len({type(block) for block in module}) == 1
-    ]
-    if not found:
-        raise Refused("model.name", f"{type(model).__name__} has no list of blocks")
-    return max(found, key=lambda item: len(item[1]))
 
 
 def freeze(model: torch.nn.Module, layers: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from heliostat.models.load import blocks
+from heliostat.models.blocks import blocks
 from heliostat.models.weights import drawn_from, place
 from heliostat.recipe import Lora, Refused, nearest
 

@@ -1,5 +1,6 @@
-"""Pre-trained weights straight into a model that may already be laid out over ranks: each rank reads, from safetensors
-files, its own shards of its own modules, so none ever holds the whole model."""
+"""Weights straight into a model that may already be laid out over ranks: each rank reads its own shards of its own
+modules from safetensors files, or draws one block after the other and keeps its shards, so none ever holds the whole
+model."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
 
+from heliostat.models.blocks import blocks
 from heliostat.recipe import Refused
 
 FILE = "model.safetensors"
@@ -28,16 +30,17 @@ INDEX = f"{FILE}.index.json"
 
 
 class Weights:
-    """The weights of a pre-trained model, not read yet."""
+    """The weights of a model, not read and not drawn yet."""
 
     def __init__(self, source: str, model: Any, seed: int) -> None:
-        """`source`: a directory or hub id. `model`: on meta, not laid out. `seed` draws what the files lack. Raises
-        Refused where there are no files."""
+        """`source`: a directory or hub id; empty: no files, all is drawn. `model`: on meta, not laid out. `seed` draws
+        what the files lack. Raises Refused where there are no files."""
         self.source, self.seed = source, seed
-        self.files = weight_files(source)
+        self.files = weight_files(source) if source else []
         # Both depend on classes and shapes that laying out changes.
         self.conversions: list[Any] = get_model_conversion_mapping(model)
         self.whole = copy.deepcopy(model)
+        self.holders = block_holders(model)
 
     def lacking(self) -> set[str]:
         """The names of the model's parameters that no file holds, or holds in another shape. Reads no weights."""
@@ -55,9 +58,9 @@ class Weights:
         return missing & {name for name, _ in model.named_parameters()}
 
     def load_into(self, model: Any, device: torch.device) -> set[str]:
-        """Give the parameters and buffers of `model`, which are on meta, storage on `device`, in float32; returns the
-        names of the parameters that no file holds, which are drawn from the seed alike on every rank and layout.
-        Raises Refused for files that do not fit."""
+        """Give the parameters and buffers of `model`, which are on meta, storage on `device`, in float32. Parameters
+        that no file holds are drawn from the seed alike on every rank and layout; returns their names where there are
+        files. Raises Refused for files that do not fit."""
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         expected = model.state_dict()
         config = self._config(device)
@@ -85,7 +88,7 @@ class Weights:
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        return missing & {name for name, _ in model.named_parameters()}
+        return missing & {name for name, _ in model.named_parameters()} if self.files else set()
 
     def _config(self, device: torch.device) -> LoadStateDictConfig:
         return LoadStateDictConfig(
@@ -93,16 +96,39 @@ class Weights:
         )
 
     def _draw(self, model: Any, names: set[str], found: Any, device: torch.device) -> None:
-        """Module by module, each from a seed of its own: what one rank skips changes nothing of the rest."""
-        by_module: dict[str, list[str]] = defaultdict(list)
+        """Part by part, each from a seed of its own: what one rank skips changes nothing of the rest. A part is whole,
+        since some families draw a module anew once they have drawn what is in it."""
+        by_part: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            by_module[name.rpartition(".")[0]].append(name)
-        for path, inside in by_module.items():
-            module = self.whole.get_submodule(path).to_empty(device="cpu", recurse=False)
+            by_part[self._part(name)].append(name)
+        for path, inside in by_part.items():
+            alone = path in self.holders
+            part = self.whole.get_submodule(path).to_empty(device="cpu", recurse=not alone)
             with drawn_from(self.seed, path):
-                self.whole._init_weights(module)
+                self.whole._init_weights(part) if alone else part.apply(self.whole._init_weights)
             for name in inside:
                 place(model, name, self.whole.get_parameter_or_buffer(name).detach(), device, found)
+            part.to_empty(device="meta", recurse=not alone)
+
+    def _part(self, name: str) -> str:
+        """The path of what a parameter is drawn with: its block, or else the largest module that has no blocks. One
+        that has, and parameters of its own, is drawn without what is in it."""
+        path, *inside = name.split(".")[:-1] or [""]
+        for each in inside:
+            if path not in self.holders:
+                break
+            path = f"{path}.{each}"
+        return path
+
+
+def block_holders(model: Any) -> set[str]:
+    """The paths of the modules that the model's blocks are in."""
+    try:
+        path, _ = blocks(model)
+    except Refused:
+        return {""}
+    parts = path.split(".")
+    return {".".join(parts[:depth]) for depth in range(len(parts) + 1)}
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from heliostat.models.load import blocks, load_weights
+from heliostat.models.blocks import blocks
+from heliostat.models.load import load_weights
 from heliostat.parallel.batch_norm import GlobalBatchNorm2d, globalise
 from heliostat.parallel.context import split_context
 from heliostat.parallel.experts import expert_modules, shard_experts, slice_experts

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from heliostat.models.load import blocks
+from heliostat.models.blocks import blocks
 from heliostat.parallel.sequence import FIELD as SEQUENCE
 from heliostat.parallel.sequence import POSITIONS, GatherPositions
 from heliostat.planner.plans import (

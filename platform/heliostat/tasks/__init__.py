@@ -129,8 +129,8 @@ class Task:
         """Raise Refused for a recipe that this task cannot run. Cheap: no data, no weights."""
 
     def check_model(self, model: Any) -> None:
-        """Raise Refused for a model that cannot do what the recipe asks of this task. `model`: whole, on CPU, before it
-        is laid out."""
+        """Raise Refused for a model that cannot do what the recipe asks of this task. `model`: whole, on meta, before
+        it is laid out (models.blocks.one_of_each_kind makes one of it that runs)."""
 
     def choices(self) -> dict[str, list[Any]]:
         """Fields beside those of all tasks that a ready-made search tries, by path, with their values: preprocessing,

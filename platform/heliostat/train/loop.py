@@ -117,8 +117,7 @@ class Run:
         self.validation = Batches(
             recipe, self.task, self.layout, validation_loader(recipe, prepared, self.layout), train=False
         )
-        # A check of the model is a forward pass, which takes all of it.
-        model = build_model(self.task, defer=not recipe.data.isolate_documents)
+        model = build_model(self.task, defer=True)
         self.task.check_model(model)
         self.flops_per_token = self._flops_per_token(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from heliostat.models.load import blocks, on_meta
+from heliostat.models.blocks import blocks
+from heliostat.models.load import on_meta
 from heliostat.models.lora import target_modules
 from heliostat.recipe import Choice, LogUniform, Recipe, Refused, SearchRange, override
 from heliostat.tasks import Task, get_task
