@@ -196,8 +196,11 @@ def answering(path: Path, settings: Deploy | None = None) -> Predictor:
     return predictor
 
 
-def scaled(kind: type, name: str, bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
-    """The deployment of a class with a bundle, not yet running."""
+def scaled(
+    kind: type, name: str, bundle_path: Path, version: str, settings: Deploy, policy: dict[str, Any] | None = None
+) -> serve.Application:
+    """The deployment of a class with a bundle, not yet running. `policy`: Ray Serve's autoscaling policy, where ongoing
+    requests are not all."""
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
     deployment = serve.deployment(name=name)(kind).options(
         # Serve takes any two calls for different code, and restarts the replicas; where the version is the
@@ -210,6 +213,9 @@ def scaled(kind: type, name: str, bundle_path: Path, version: str, settings: Dep
             "min_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
+            "upscale_delay_s": settings.upscale_delay_s,
+            "downscale_delay_s": settings.downscale_delay_s,
+            **({"policy": policy} if policy else {}),
         },
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,

@@ -8,6 +8,7 @@
 # there, where a name in a string would find nothing.
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
 from serve.openai.protocol import HANDLED, ChatRequest, CompletionRequest, Generation, Problem, problem_response
+from serve.scaling import QUEUED_TOKENS, WAITED_S, ByTokens
 
 
 class Loaded:
@@ -118,6 +120,7 @@ def _language_model(settings: Deploy, name: str) -> type:
     class LanguageModel(Forwarded):
         def __init__(self) -> None:
             self.loaded: Loaded | None = None
+            self.answers: set[Answer] = set()
             self.tokens = metrics.Counter("heliostat_serve_tokens", "By kind: of prompts, of completions", ("kind",))
             self.first_token = metrics.Histogram(
                 "heliostat_serve_first_token_s", "From a request to the first token of its answer", LATENCIES_S
@@ -130,6 +133,14 @@ def _language_model(settings: Deploy, name: str) -> type:
             before, self.loaded = self.loaded, loaded
             if before is not None:
                 before.retire()
+
+        async def record_autoscaling_stats(self) -> dict[str, float]:
+            """What `ByTokens` hears."""
+            waiting = [answer for answer in self.answers if answer.first_token_s is None]
+            return {
+                QUEUED_TOKENS: sum(answer.usage()["prompt_tokens"] for answer in waiting),
+                WAITED_S: max((time.perf_counter() - answer.begun for answer in waiting), default=0.0),
+            }
 
         def check_health(self) -> None:
             """Serve replaces a replica where this raises."""
@@ -169,6 +180,7 @@ def _language_model(settings: Deploy, name: str) -> type:
                 loaded = busy.enter_context(self._model(request.model))
                 # Templates and grammars take a while: beside the streams that go on.
                 answer = await asyncio.to_thread(kind, loaded.engine, request, loaded.digest)
+                self.answers.add(answer)
                 busy.callback(self._count, answer)
                 if not request.stream:
                     return JSONResponse(await answer.whole())
@@ -177,6 +189,7 @@ def _language_model(settings: Deploy, name: str) -> type:
 
         def _count(self, answer: Answer) -> None:
             """Once it has ended, or was given up. An answer of which nothing was drawn has no time."""
+            self.answers.discard(answer)
             usage = answer.usage()
             for kind in ("prompt", "completion"):
                 if tokens := usage[f"{kind}_tokens"]:
@@ -215,7 +228,15 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     bundle = bundles.read(bundle_path)
     _check_engine(bundle_path, settings)
     kind = _language_model(settings, bundle.recipe.name)
-    return scaled(kind, "language_model", bundle_path, version, settings)
+    policy = {
+        "policy_function": f"{ByTokens.__module__}:{ByTokens.__name__}",
+        "policy_kwargs": {
+            "ongoing_requests": settings.target_ongoing_requests,
+            "queued_tokens": settings.target_queued_tokens,
+            "first_token_s": settings.target_first_token_s,
+        },
+    }
+    return scaled(kind, "language_model", bundle_path, version, settings, policy)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

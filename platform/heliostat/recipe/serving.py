@@ -22,8 +22,17 @@ class Deploy(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     min_replicas: Count = 1
+    """0: an endpoint that nobody asks gives its last replica back, and the next request waits until one has started."""
     max_replicas: PositiveInt = 2
     target_ongoing_requests: PositiveFloat = 4.0
+    """Of a replica: where there are more, so many more replicas are started, up to `max_replicas`."""
+    target_queued_tokens: PositiveInt = 4096
+    """Language models: tokens of prompts that wait for a replica, by which more are started, too."""
+    target_first_token_s: PositiveFloat = 5.0
+    """Language models: where requests wait longer for their first token, more replicas are started."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long more replicas must be wanted before they are started."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
     max_ongoing_requests: PositiveInt = 64
     max_queued_requests: PositiveInt = 256
     max_batch_size: PositiveInt = 16
