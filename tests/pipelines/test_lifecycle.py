@@ -38,6 +38,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "deploy.port": free_port(),
             "tune.num_trials": 2,
             "tune.reports": 2,
+            "tune.objectives": ["loss"],
             "tune.space": {
                 "optimizer.lr": {"kind": "log_uniform", "low": 1.5e-3, "high": 3e-3},
                 "model.max_length": {"kind": "choice", "values": [40, 44]},

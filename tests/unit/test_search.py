@@ -14,7 +14,15 @@ import pytest
 from heliostat.launch.tune import STUDY_FILE
 from heliostat.launch.tune.population import explored, source
 from heliostat.launch.tune.runner import DONE, FAILED, INFEASIBLE, PRUNED
-from heliostat.launch.tune.space import check_space, draw, row_choices, row_settings, trial_recipe, trials_at_once
+from heliostat.launch.tune.space import (
+    check_space,
+    draw,
+    objectives,
+    row_choices,
+    row_settings,
+    trial_recipe,
+    trials_at_once,
+)
 from heliostat.launch.tune.study import Study
 from heliostat.recipe import Choice, Integers, LogUniform, Recipe, Refused, SearchRange, Tune, Uniform, override
 from heliostat.tasks import get_task
@@ -158,6 +166,12 @@ def test_what_cannot_be_searched(settings: dict[str, Any], field: str, reason: s
     with pytest.raises(Refused, match=reason) as refused:
         checked(tiny_bert(tmp_path, **({"tune.space": LR} | settings)))
     assert refused.value.field == field
+
+
+def test_trials_may_be_compared_by_their_loss(tmp_path: Path) -> None:
+    recipe = tiny_bert(tmp_path, **{"tune.space": LR, "tune.objectives": ["loss"]})
+    checked(recipe)
+    assert objectives(recipe, get_task(recipe)) == {"loss": False}
 
 
 @pytest.mark.parametrize(

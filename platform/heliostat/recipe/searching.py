@@ -48,8 +48,9 @@ class Tune(Section):
     """What ends trials early, by the metric that they report; `pbt` has them go on from better ones' weights, with
     changed values, as trials beyond `num_trials`."""
     objectives: list[str] = []
-    """What is to be good at once: the task's metric, `seconds` (of training), `parameters`, `joules` (of training,
-    estimated), `latency` (median seconds that the trained model takes for one row). Empty: the metric."""
+    """What is to be good at once: the task's metric or `loss` (of validation) first, then `seconds` (of training),
+    `parameters`, `joules` (of training, estimated), `latency` (median seconds that the trained model takes for one
+    row). Empty: the metric."""
     num_trials: PositiveInt = 4
     hours: PositiveFloat | None = None
     """After so many no trial starts, and those that run end at their next report; resumed searches count on."""

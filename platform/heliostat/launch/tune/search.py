@@ -51,7 +51,8 @@ def search(
     study = Study(recipe.tune, goals, recipe.seed, folder.name, folder, resume)
     recipe.save(folder / "recipe.json")
     trials_folder = folder / "trials"
-    baseline = try_baseline(recipe, prepared, folder) if with_baseline else None
+    # It has no loss that could be compared with a model's.
+    baseline = try_baseline(recipe, prepared, folder) if with_baseline and metric == task.metric else None
     training = Training(recipe, _prepare_all(recipe, prepared), trials_folder, trials_use_gpu(recipe, nodes))
     gauges = Gauges(study)
     with Watch(study) as watch:

@@ -39,6 +39,8 @@ SHARED = (
 """Beginnings of the paths that all trials share."""
 OWN = ("data.augment", "data.bucket_batches", *ROWS)
 """Of those, what a trial may have for itself."""
+LOSS = "loss"
+"""What evaluation reports of every task beside its metric. Short trials may differ in it alone."""
 COSTS = ("seconds", "parameters", "joules", "latency")
 """Objectives beside the task's metric: less of them is better."""
 SINGLE_VALUE = ("asha", "hyperband", "median", "pbt")
@@ -75,12 +77,12 @@ def check_space(recipe: Recipe, task: Task) -> None:
         among = ", ".join(path for path in tune.space if path in ROWS)
         raise Refused("tune.space", f"{among} make {kinds} kinds of prepared rows", f"at most {MOST_ROWS}")
     names = objectives(recipe, task)
+    reported = list(dict.fromkeys([task.metric, LOSS]))
     for name in names:
-        if name != task.metric and name not in COSTS:
-            known = [task.metric, *COSTS]
+        if name not in (known := [*reported, *COSTS]):
             raise Refused("tune.objectives", f"no objective {name!r}", nearest(name, known) or ", ".join(known))
-    if next(iter(names)) != task.metric:
-        raise Refused("tune.objectives", f"trials report {task.metric}", f"name it first: {task.metric} …")
+    if next(iter(names)) not in reported:
+        raise Refused("tune.objectives", f"trials report {' and '.join(reported)}", f"name it first: {task.metric} …")
     if len(names) > 1 and tune.scheduler in SINGLE_VALUE:
         raise Refused(
             "tune.scheduler", f"{tune.scheduler} ranks trials by one value, here are {len(names)}", "set it none"
