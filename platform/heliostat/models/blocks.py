@@ -51,4 +51,7 @@ def one_of_each_kind(model: Any) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         whole.to_empty(device="cpu").apply(whole._init_weights)
+        for parameter in whole.parameters():  # many families draw them so small that a block changes next to nothing
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     return whole

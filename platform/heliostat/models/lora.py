@@ -14,10 +14,9 @@ from peft import LoraConfig, LoraModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from heliostat.models.blocks import blocks
-from heliostat.models.weights import drawn_from, place
+from heliostat.models.weights import drawn_from, nothing_loaded, place
 from heliostat.recipe import Lora, Refused, nearest
 
 ADAPTER = "default"
@@ -63,7 +62,7 @@ def draw_adapters(model: Any, seed: int, device: torch.device) -> None:
             if factor == "lora_A":
                 with drawn_from(seed, name):
                     nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
-            place(model, name, whole, device, LoadStateDictInfo(set(), set(), set(), [], {}, set()))
+            place(model, name, whole, device, nothing_loaded(set()))
 
 
 @contextmanager

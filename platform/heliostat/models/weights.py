@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, set_param_for_module
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from heliostat.models.blocks import blocks
 from heliostat.recipe import Refused
@@ -62,8 +63,19 @@ class Weights:
         that no file holds are drawn from the seed alike on every rank and layout; returns their names where there are
         files. Raises Refused for files that do not fit."""
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        expected = model.state_dict()
         config = self._config(device)
+        found = self._read(model, config) if self.files else nothing_loaded(set(model.state_dict()))
+        missing = found.missing_keys - model.all_tied_weights_keys.keys()
+        self._draw(model, missing, found, device)
+        model._move_missing_keys_from_meta_to_device(set(), config.device_map, None, None)  # buffers that no file holds
+        model._initialize_missing_keys(False)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return missing & {name for name, _ in model.named_parameters()} if self.files else set()
+
+    def _read(self, model: Any, config: LoadStateDictConfig) -> LoadStateDictInfo:
+        expected = model.state_dict()
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
             slices = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
@@ -81,14 +93,7 @@ class Weights:
             found, _ = convert_and_load_state_dict_in_model(model, fitting, config)
         if wrong := [*found.error_msgs, *found.conversion_errors.values(), *map(str, found.mismatched_keys)]:
             raise Refused("model.name", f"{self.source} does not fit {type(self.whole).__name__}: {wrong[0]}")
-        missing = found.missing_keys - model.all_tied_weights_keys.keys()
-        self._draw(model, missing, found, device)
-        model._move_missing_keys_from_meta_to_device(set(), config.device_map, None, None)  # buffers that no file holds
-        model._initialize_missing_keys(False)
-        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-        return missing & {name for name, _ in model.named_parameters()} if self.files else set()
+        return found
 
     def _config(self, device: torch.device) -> LoadStateDictConfig:
         return LoadStateDictConfig(
@@ -119,6 +124,11 @@ class Weights:
                 break
             path = f"{path}.{each}"
         return path
+
+
+def nothing_loaded(missing: set[str]) -> LoadStateDictInfo:
+    """transformers' record of what was loaded, where none of the `missing` was."""
+    return LoadStateDictInfo(missing, set(), set(), [], {}, set())
 
 
 def block_holders(model: Any) -> set[str]:
