@@ -187,7 +187,7 @@ def test_no_rank_holds_the_whole(tmp_path: Path) -> None:
     """A model of 400 MB, in bfloat16 files as most are, over four ranks: each grows by about a quarter of it, also with
     adapters, where it is drawn at random, and where it is tried on documents first. Loaded first and laid out then, by
     all of it."""
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16,
+    size = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 14, "num_attention_heads": 16,
             "num_key_value_heads": 16, "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": False}  # fmt: skip
     model = save("llama", tmp_path, dtype=torch.bfloat16, **size)
     whole = sum(parameter.numel() * 4 for parameter in model.parameters())

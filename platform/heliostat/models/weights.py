@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, set_param_for_module
@@ -106,14 +107,18 @@ class Weights:
         by_part: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_part[self._part(name)].append(name)
+        parts = {path: self.whole.get_submodule(path) for path in by_part}
+        modules = {path: [part] if path in self.holders else [*part.modules()] for path, part in parts.items()}
+        # One place for all, in turn: given back piece by piece between the shards that stay, it would lie in splinters.
+        space = torch.empty(max((sum(map(_numel, each)) for each in modules.values()), default=0))
         for path, inside in by_part.items():
-            alone = path in self.holders
-            part = self.whole.get_submodule(path).to_empty(device="cpu", recurse=not alone)
+            _store(modules[path], space)
             with drawn_from(self.seed, path):
-                self.whole._init_weights(part) if alone else part.apply(self.whole._init_weights)
+                for module in reversed(modules[path]):  # what is in a module before the module
+                    self.whole._init_weights(module)
             for name in inside:
                 place(model, name, self.whole.get_parameter_or_buffer(name).detach(), device, found)
-            part.to_empty(device="meta", recurse=not alone)
+            parts[path].to_empty(device="meta", recurse=path not in self.holders)
 
     def _part(self, name: str) -> str:
         """The path of what a parameter is drawn with: its block, or else the largest module that has no blocks. One
@@ -124,6 +129,22 @@ class Weights:
                 break
             path = f"{path}.{each}"
         return path
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _store(modules: list[nn.Module], space: torch.Tensor) -> None:
+    """Give the modules' own parameters room in `space`, and their buffers, which are small, room of their own."""
+    begin = 0
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False):
+            end = begin + parameter.numel()
+            module.register_parameter(name, nn.Parameter(space[begin:end].view(parameter.shape), requires_grad=False))
+            begin = end
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def nothing_loaded(missing: set[str]) -> LoadStateDictInfo:
@@ -154,7 +175,8 @@ def place(model: Any, name: str, whole: Any, device: torch.device, found: Any) -
     no_quantizer: Any = None
     own = model.get_parameter_or_buffer(name)
     part: Any = DtensorShardOperation(own).shard_tensor(whole) if isinstance(own, DTensor) else whole
-    set_param_for_module(model, name, part.to(device), found, hf_quantizer=no_quantizer)
+    # A copy: a view would keep the whole in memory.
+    set_param_for_module(model, name, part.to(device, copy=True), found, hf_quantizer=no_quantizer)
 
 
 def weight_files(source: str) -> list[Path]:
