@@ -27,6 +27,7 @@ def assert_proven(name: str, folder: Path, layouts: str, workers: int, **lora: A
         assert verdict.status == "equal", verdict
 
 
+@pytest.mark.slow
 def test_proof_on_two_processes(tmp_path: Path) -> None:
     assert_proven("llama", tmp_path, "replicate=2;fsdp=2;tensor=2;pipeline=2,schedule=gpipe", 2)
 

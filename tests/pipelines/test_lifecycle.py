@@ -112,6 +112,7 @@ def test_lifecycle(weak_champion: Path, tmp_path: Path) -> None:
     assert evaluated["metrics"]["test.accuracy"] == pytest.approx(first["metrics"]["test.accuracy"])
 
 
+@pytest.mark.slow
 def test_deploy_serves_until_interrupted(weak_champion: Path) -> None:
     recipe_file = weak_champion
     port = json.loads(recipe_file.read_text())["deploy"]["port"]

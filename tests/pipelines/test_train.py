@@ -89,6 +89,7 @@ def test_killed_worker_changes_nothing(recipe_file: Path) -> None:
 
 
 @needs.ps
+@pytest.mark.slow
 def test_interrupt_writes_a_checkpoint_and_resumes(recipe_file: Path) -> None:
     runs = recipe_file.parent / "storage" / "runs"
     process = start("train", "--recipe", str(recipe_file), "--run-name", "interrupted")
@@ -106,6 +107,7 @@ def test_interrupt_writes_a_checkpoint_and_resumes(recipe_file: Path) -> None:
     assert weights(runs / "interrupted") == weights(runs / "undisturbed")
 
 
+@pytest.mark.slow
 def test_second_interrupt_ends_at_once(recipe_file: Path) -> None:
     runs = recipe_file.parent / "storage" / "runs"
     process = start("train", "--recipe", str(recipe_file), "--run-name", "twice", "--checkpoint.every-steps", "100000")
@@ -139,6 +141,7 @@ def recipe() -> Recipe:
 """
 
 
+@pytest.mark.slow
 def test_own_task_and_recipe_from_outside(tmp_path: Path) -> None:
     tiny_bert(tmp_path, **{"schedule.max_steps": 6, "parallelism.workers": 2}).save(tmp_path / "base.json")
     (tmp_path / "mine.py").write_text(OWN)
@@ -148,6 +151,7 @@ def test_own_task_and_recipe_from_outside(tmp_path: Path) -> None:
     assert card["task"] == "mine:Shouting"
 
 
+@pytest.mark.slow
 def test_full_disk_is_said_and_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

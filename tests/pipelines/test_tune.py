@@ -57,6 +57,7 @@ def accuracy_here(recipe: Recipe, values: dict[str, Any], folder: Path) -> float
     return [record["validation"]["accuracy"] for record in records if "validation" in record][-1]
 
 
+@pytest.mark.slow
 def test_search_finds_the_best_of_its_trials(tmp_path: Path) -> None:
     space = {"optimizer.lr": LR, "training.label_smoothing": {"kind": "uniform", "low": 0.0, "high": 0.3}}
     file = recipe_file(tmp_path, space)
@@ -76,6 +77,7 @@ def test_search_finds_the_best_of_its_trials(tmp_path: Path) -> None:
     assert best == override(load(file), winner["values"]), "the winner's values, and the recipe's own epochs and rows"
 
 
+@pytest.mark.slow
 def test_several_objectives_over_rows_and_models(tmp_path: Path) -> None:
     """Each trial is measured on rows of its own kind, and the front is what no trial beats in all objectives."""
     objectives = ["accuracy", "seconds", "parameters", "joules", "latency"]

@@ -192,10 +192,8 @@ def test_a_good_canary_is_promoted_though_replicas_are_killed(recipe: Recipe, fi
     assert set(load.versions) == {str(result["from"]), str(result["version"])}
 
 
-@pytest.mark.parametrize(
-    ("metric", "task"),
-    [("error_rate", "Failing"), pytest.param("latency", "Late", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("metric", "task"), [("error_rate", "Failing"), ("latency", "Late")])
 def test_a_bad_canary_is_rolled_back(recipe: Recipe, first: Bundle, load: Load, metric: str, task: str) -> None:
     bad = untrained(recipe, first, 2 if task == "Late" else 3, f"tests.versions:{task}")
     result = rollout(recipe, bad, "canary")

@@ -154,6 +154,7 @@ def test_globs_and_what_is_not_there(store: str) -> None:
         assert caught.value.field == "data.test"
 
 
+@pytest.mark.slow
 def test_prepared_on_a_cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with s3(monkeypatch) as address:
         fill(address)
