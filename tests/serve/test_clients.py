@@ -137,3 +137,21 @@ def test_lm_eval_scores_the_endpoint_as_it_scores_the_model(served: Served, pyth
     assert ours["review_rest"]["exact_match,none"] == theirs["review_rest"]["exact_match,none"]
     for one, other in zip(samples["endpoint"]["review_rest"], samples["hf"]["review_rest"], strict=True):
         assert one["resps"] == other["resps"]
+
+
+@pytest.mark.slow
+def test_llm_comply(served: Served, python: Path) -> None:
+    """All of its checks of chats pass but those of what this model cannot do, and these are refused in words."""
+    command = [python.with_name("llm-comply"), "--format", "openai-chat", "--base-url", f"{served.url}/v1"]
+    done = subprocess.run(
+        [*command, "--model", NAME, "--timeout", "300", "--api-key", "none", "--json"],
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    results = {each["id"]: each for each in json.loads(done.stdout)["results"]}
+    unlike = {name for name, each in results.items() if each["status"] != "passed"}
+    # It sees no images, its chat template has no tools, and it does not reason.
+    assert unlike == {"chat-image-input", "chat-tool-calling", "chat-reasoning-summary"}, results
+    assert results["chat-image-input"]["errors"][0].startswith("HTTP 400")
+    assert results["chat-tool-calling"]["errors"][0].startswith("HTTP 400")
+    assert results["chat-reasoning-summary"]["status"] == "skipped"
+    assert len(results) == 9
