@@ -278,3 +278,47 @@ def test_text_ends_before_the_first_stop_string(tokenizer: Any, stop_case: tuple
             expected, stopped = so_far[: min(places)], True
             break
     assert ("".join(texts), stream.stopped) == (expected, stopped)
+
+
+def test_texts_are_scored_beside_answers(tokenizer: Any) -> None:
+    """Each on its own thread, while the engine's steps go on: as a plain forward pass scores them."""
+    model = model_of("llama", tokenizer)
+    texts = prompts(12, 40, len(tokenizer))
+    expected = []
+    for ids in texts:
+        with torch.inference_mode():
+            logprobs_TV = model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+        expected.append([logprobs_TV[i, token].item() for i, token in enumerate(ids[1:])])
+
+    async def ask() -> list[list[list[Token]]]:
+        async with running(model, tokenizer) as engine:
+            answers = [asyncio.create_task(answer(engine, ids, GREEDY)) for ids in texts]
+            rounds = [await asyncio.gather(*(engine.score(ids, 1) for ids in texts)) for _ in range(3)]
+            await asyncio.gather(*answers)
+            return rounds
+
+    for scored in asyncio.run(ask()):
+        for tokens, logprobs in zip(scored, expected, strict=True):
+            assert [token.logprob for token in tokens[1:]] == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_requests_that_were_given_up_leave_their_room(tokenizer: Any) -> None:
+    """More of them than the cache holds: what is asked next is answered."""
+    model = model_of("llama", tokenizer)
+    long = replace(GREEDY, max_tokens=400, ignore_end=True)
+    texts = prompts(60, 40, len(tokenizer))
+
+    async def ask() -> list[list[Token]]:
+        async with running(model, tokenizer, cache_tokens=2048) as engine:
+            found = []
+            for _ in range(3):
+                given_up = [asyncio.create_task(answer(engine, ids, long)) for ids in texts]
+                await asyncio.sleep(1.0)
+                for task in given_up:
+                    task.cancel()
+                await asyncio.gather(*given_up, return_exceptions=True)
+                found.append(await asyncio.wait_for(answer(engine, texts[0], replace(GREEDY, max_tokens=2)), 30))
+            return found
+
+    expected = generated(model, texts[0], 2)
+    assert [[token.id for token in tokens] for tokens in asyncio.run(ask())] == [expected] * 3

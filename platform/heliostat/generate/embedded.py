@@ -4,6 +4,7 @@ where the model is."""
 from __future__ import annotations
 
 import asyncio
+import copy
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,14 +14,27 @@ import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from heliostat.generate import EngineFailed, Sampling, Token
 from heliostat.generate.drawing import Draw, Draws, Grammars, end_ids, report
 
 PAGE_TOKENS = 32
 """Tokens of a request's last page that may stay empty."""
+SCHEDULER = "heliostat"
 STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 """Tokens of one forward pass: longer prompts are read in parts, so that answers in progress go on meanwhile."""
+
+
+class Scheduler(FIFOScheduler):
+    """Where the cache is full, no request is taken in until one has ended; one that was given up has ended, too."""
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
 
 
 class EmbeddedEngine:
@@ -28,7 +42,7 @@ class EmbeddedEngine:
 
     def __init__(self, model: Any, tokenizer: Any, *, cache_tokens: int, threads: int | None = None) -> None:
         """`cache_tokens`: keys and values kept, of all requests together. `threads`: processors of the engine (None: as
-        torch is set). From here on the model is the engine's: others may read its weights."""
+        torch is set)."""
         config = model.config.get_text_config()
         self.model, self.tokenizer, self._threads = model, tokenizer, threads
         pages = max(2, cache_tokens // PAGE_TOKENS)
@@ -37,8 +51,12 @@ class EmbeddedEngine:
         self._ends: list[int] | int = sorted(self.end_ids) or -1  # a model may have none
         self.vocab_size = config.vocab_size
         self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
+        # A model of its own around the same weights: for the time of a step, the manager changes what attention is, and
+        # whoever uses the model meanwhile would get that, too.
+        tensors = [*model.parameters(), *model.buffers()]
+        SCHEDULER_MAPPING[SCHEDULER] = Scheduler
         self._manager = ContinuousBatchingManager(
-            model,
+            copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}),
             transformers.GenerationConfig(do_sample=False, eos_token_id=self._ends),
             ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
@@ -46,6 +64,7 @@ class EmbeddedEngine:
                 max_batch_tokens=STEP_TOKENS[model.device.type],
                 use_async_batching=False,
                 use_cuda_graph=False,  # a captured step would not draw anew
+                scheduler_type=SCHEDULER,
             ),
         )
         draws = ContinuousBatchingLogitsProcessorList(transformers.LogitsProcessorList([Draws()]))
