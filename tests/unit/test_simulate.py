@@ -254,6 +254,7 @@ def test_traces_are_read(tmp_path: Path) -> None:
         ("jobs.csv", "time,gpus,duration\n0,1,5\n", "no column duration"),
         ("jobs.csv", "time,gpus,duration_s\n0,one,5\n", "no trace"),
         ("jobs.csv", "time,gpus,duration_s,min_gpus\n0,1,5,2\n", "line 2"),
+        ("jobs.csv", "name,time,gpus,duration_s\na,0,1,5\na,1,1,5\n", "same name"),
         ("jobs.swf", "; nothing\n", "no job that ran"),
         ("jobs.txt", "", "one of .swf"),
         ("jobs.json", "[{}]", "no trace"),

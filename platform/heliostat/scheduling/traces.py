@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,9 @@ def read(path: Path) -> list[Submitted]:
     if not jobs:
         raise Refused("trace", f"{path} has no job that ran")
     first = min(job.time for job in jobs)
-    return sorted((_from(job, first) for job in jobs), key=lambda job: job.time)
-
-
-def _from(job: Submitted, first: float) -> Submitted:
-    from dataclasses import replace
-
-    return replace(job, time=job.time - first)
+    if len({job.name for job in jobs}) < len(jobs):
+        raise Refused("trace", f"{path} has jobs of the same name", "name each differently, or none of them")
+    return sorted((replace(job, time=job.time - first) for job in jobs), key=lambda job: job.time)
 
 
 def _swf(text: str) -> list[Submitted]:
