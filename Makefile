@@ -39,6 +39,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.launch_overhead
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.monitoring_overhead
+	$(BIN)/python -m bench.schedule
 	$(BIN)/python -m bench.tune_overhead
 	$(BIN)/python -m bench.tune_savings
 	$(BIN)/python -m bench.serve_overhead

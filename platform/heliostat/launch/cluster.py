@@ -28,6 +28,8 @@ THREADS = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
 """The environment of workers."""
+NODES = "HELIOSTAT_NODES"
+"""The variable by which the scheduler says where a run's workers go: their nodes' ids in Ray, with commas."""
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 """Ray's variable for the port of a cluster that `ray.init` starts."""
 KEPT_SESSION = "ray.session"
@@ -83,13 +85,7 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
         if local and not keep:
             start_local_cluster(options)
         elif local:
-            address = kept_cluster(recipe.storage_path)
-            env_vars = environment() | {"RAY_ADDRESS": address}  # as below: another Ray may run here
-            ray.init(address=address, runtime_env={"env_vars": env_vars}, **options)
-            node: Any = ray._private.worker._global_node  # Ray has no public name for its session
-            session = Path(node.get_session_dir_path()).name
-            recipe.storage_path.mkdir(parents=True, exist_ok=True)
-            write_atomically(recipe.storage_path / KEPT_SESSION, f"{session} {address}")
+            connect_to_kept_cluster(recipe.storage_path, options)
         elif address:
             ray.init(address=address, runtime_env=runtime_env(), **options)
         else:  # submitted: the job came with its address and environment
@@ -101,6 +97,18 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
     finally:
         if not brought and ray.is_initialized():
             ray.shutdown()
+
+
+def connect_to_kept_cluster(storage: Path, options: dict[str, Any]) -> None:
+    """To the one of this storage, which is started where it does not run. `options` are more of `ray.init`'s."""
+    import ray
+
+    address = kept_cluster(storage)
+    env_vars = environment() | {"RAY_ADDRESS": address}  # as below: another Ray may run here
+    ray.init(address=address, runtime_env={"env_vars": env_vars}, **options)
+    node: Any = ray._private.worker._global_node  # Ray has no public name for its session
+    storage.mkdir(parents=True, exist_ok=True)
+    write_atomically(storage / KEPT_SESSION, f"{Path(node.get_session_dir_path()).name} {address}")
 
 
 def start_local_cluster(options: dict[str, Any]) -> None:

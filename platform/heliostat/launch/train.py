@@ -14,6 +14,7 @@ from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
 from heliostat.energy import joules
+from heliostat.launch.cluster import NODES
 from heliostat.models.flops import peak_flops, published_peak_flops
 from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
@@ -123,6 +124,8 @@ def fit(
         "use_gpu": use_gpu,
         "resources_per_worker": resources,
     }
+    if nodes := os.environ.get(NODES):
+        scaling["label_selector"] = [{"ray.io/node-id": node} for node in nodes.split(",")]
     failing: dict[str, Any] = {
         "failure_config": FailureConfig(max_failures=recipe.checkpoint.max_failures),
         "callbacks": [NoteFailures()],
