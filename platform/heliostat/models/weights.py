@@ -21,10 +21,10 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
 
+from heliostat.card import INDEX
 from heliostat.recipe import Refused
 
 FILE = "model.safetensors"
-INDEX = f"{FILE}.index.json"
 
 
 class Weights:
