@@ -147,7 +147,7 @@ class Problem(Exception):
 
 async def problem_response(request: Request, error: Exception) -> JSONResponse:
     found = as_problem(error)
-    return JSONResponse(found.body(), found.status)
+    return JSONResponse(found.body(), found.status, getattr(error, "headers", None))
 
 
 def as_problem(error: Exception) -> Problem:

@@ -18,7 +18,7 @@ import yaml
 
 from heliostat.recipe import Recipe, field_paths, override
 from heliostat.tasks import get_task
-from pipelines import doctor, monitor
+from pipelines import doctor, keys, monitor
 from pipelines.job import parse
 from pipelines.recipes import BUILT_IN, find_recipe
 from serve.openai.protocol import ChatRequest
@@ -82,8 +82,8 @@ def check(words: list[str]) -> None:
             for name, recipe in subjects.items():
                 assert recipe or (ROOT / name).is_file()
                 assert not recipe or override(recipe, overrides)
-        case ["python", "-m", "pipelines.monitor", *arguments]:
-            assert monitor.parse(arguments)
+        case ["python", "-m", "pipelines.monitor" | "pipelines.keys" as module, *arguments]:
+            assert {"pipelines.monitor": monitor, "pipelines.keys": keys}[module].parse(arguments)
         case ["python", "-m", module, *arguments]:
             assert module.startswith("pipelines.")
             assert importlib.util.find_spec(module), f"no {module}"
