@@ -4,6 +4,7 @@ else from being answered."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
@@ -421,7 +422,7 @@ def test_no_request_makes_an_endpoint_fail(endpoint: Endpoint, path: str) -> Non
     schema = schemathesis.openapi.from_dict(described)
     asked: Counter[int] = Counter()
     operations = [operation.ok() for operation in schema.get_all_operations()]
-    assert {operation.path for operation in operations} > {"/predict", "/healthz"}
+    assert {operation.path for operation in operations} >= {"/predict", "/healthz"}
     for operation in operations:
         for mode in schemathesis.GenerationMode:
 
@@ -436,7 +437,8 @@ def test_no_request_makes_an_endpoint_fail(endpoint: Endpoint, path: str) -> Non
                 asked[answer.status_code] += 1
                 case.validate_response(answer, checks=[not_a_server_error])
 
-            ask()
+            with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # what takes nothing cannot be asked wrongly
+                ask()
     assert asked[200]
     assert sum(asked[status] for status in (400, 422)), asked
     assert not [status for status in asked if status >= 500]
@@ -489,7 +491,7 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab(endpoint: Endpoint, tmp
         page.type("sun")
         page.press_enter()
         page.wait("document.getElementById('notes').textContent.includes('replica')")
-        assert page.run("document.querySelectorAll('.problem').length") == 1
+        assert page.run("document.getElementById('answers').innerText.split('API key').length") == 2
         page.run("location.reload()")
         page.wait("document.readyState === 'complete' && document.getElementById('key')?.value")
         assert page.run("document.getElementById('key').value") == endpoint.key
