@@ -16,6 +16,7 @@ from heliostat.rollout.schedule import Schedule, parse_strategy
 from heliostat.tasks import load_object
 from pipelines.answer import end_on_signals
 from pipelines.job import Job, main
+from serve import keys
 from serve.rollout import Served, Split, split
 
 EXCHANGE_S = 1.0
@@ -84,6 +85,7 @@ def run(job: Job) -> dict[str, Any]:
         raise Refused("to", "no new version is named", "--to FOLDER, a bundle that training wrote")
     to = bundles.read(Path(options.to).expanduser().absolute())
     check(recipe, to, options.strategy)  # before Ray starts
+    keys.check(recipe.deploy.keys_file)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with connect(recipe, options.address, options.keep):
         end_on_signals()  # or the router stays

@@ -4,7 +4,9 @@
 # there, where a name in a string would find nothing.
 import asyncio
 import hashlib
+import ipaddress
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import metrics
+from ray.serve.config import BackpressureConfig
 from ray.serve.context import _get_global_client
 
 import heliostat
@@ -24,12 +27,17 @@ from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused, nearest
+from serve import keys
+from serve.gate import ADMITTED, BodyLimit, Deadline, Gated
 
+logger = logging.getLogger("heliostat")
 Input = dict[str, Any]
 LATENCIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 """Upper bounds of what a histogram counts."""
+RETRY_AFTER_S = 1.0
+"""What who finds all queues full is told."""
 PAGE = Path(__file__).with_name("page.html")
-ARGUMENTS = ("bundle", "version")
+ARGUMENTS = ("bundle", "version", "keys_file")
 """What `build` of an application takes."""
 
 
@@ -63,26 +71,6 @@ class Health(Body):
     version: str
     ongoing: int
     """Requests that this replica is busy with."""
-
-
-class BodyLimit:
-    """Stops reading a request's body once it is longer than `max_body_bytes`: 413."""
-
-    def __init__(self, app: Any, max_body_bytes: int) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
-
-    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any], send: Any) -> None:
-        read = 0
-
-        async def counted() -> dict[str, Any]:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
-                raise HTTPException(413, f"body: more than {self.max_body_bytes} bytes")
-            return message
-
-        await self.app(scope, counted, send)
 
 
 class Measured:
@@ -135,8 +123,11 @@ class Replica:
 def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
     """An application with what all of them have around their routes. `paths`: those whose requests are measured."""
     api = FastAPI(title="Heliostat", version=heliostat.__version__)
-    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
-    api.add_middleware(Measured, paths=paths)  # around the other
+    api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    api.add_middleware(Deadline, timeout_s=settings.timeout_s)  # each around those before it
+    if settings.keys_file:
+        api.add_middleware(Gated, source=settings.keys_file)
+    api.add_middleware(Measured, paths=paths)
     api.add_middleware(Replica)
     return api
 
@@ -151,13 +142,14 @@ def page(kind: Literal["text", "image", "row", "chat", "completion"], model: str
 
 
 class Forwarded:
-    """What deployments of HTTP applications share: they answer requests that a router read for them, too."""
+    """What deployments of HTTP applications share: they answer requests that a router let in and read for them, too."""
 
     async def forward(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict[str, Any]]]:
         """Answer a request: ASGI's messages, those together that are there together. Whoever stops reading has left."""
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         request = asyncio.Queue[dict[str, Any]]()  # and no more: a client who leaves is not heard here
         request.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        scope = {ADMITTED: "", **scope}
         answer = asyncio.ensure_future(self(scope, request.get, messages.put))  # type: ignore[operator]
         answer.add_done_callback(lambda _: messages.put_nowait(None))
         try:
@@ -200,7 +192,8 @@ def scaled(
     kind: type, name: str, bundle_path: Path, version: str, settings: Deploy, policy: dict[str, Any] | None = None
 ) -> serve.Application:
     """The deployment of a class with a bundle, not yet running. `policy`: Ray Serve's autoscaling policy, where ongoing
-    requests are not all."""
+    requests are not all. Raises Refused for keys that cannot be read."""
+    keys.check(settings.keys_file)
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
     deployment = serve.deployment(name=name)(kind).options(
         # Serve takes any two calls for different code, and restarts the replicas; where the version is the
@@ -219,6 +212,8 @@ def scaled(
         },
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
+        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
+        graceful_shutdown_timeout_s=settings.drain_s,
         max_surge_percent=100,  # other settings do restart replicas: the new ones first
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         user_config={"bundle": str(bundle_path.absolute()), "version": version},
@@ -227,14 +222,17 @@ def scaled(
 
 def arguments(args: dict[str, Any]) -> tuple[Path, str, Deploy]:
     """Bundle, version and settings from the `args` of a file for `serve deploy`: `bundle`, a path that every node sees,
-    and `version`. The settings are those of the bundle's recipe. Raises Refused for other arguments."""
+    `version`, and `keys_file`. The other settings are those of the bundle's recipe. Raises Refused for other
+    arguments."""
     for name in args:
         if name not in ARGUMENTS:
             raise Refused(f"args.{name}", "no such argument", nearest(name, list(ARGUMENTS)))
     if "bundle" not in args:
         raise Refused("args.bundle", "no bundle is named", "name the folder that training wrote")
     path = Path(args["bundle"]).expanduser()
-    return path, str(args.get("version", "")), bundles.read(path, verify_files=False).recipe.deploy
+    settings = bundles.read(path, verify_files=False).recipe.deploy
+    settings = settings.model_copy(update={name: args[name] for name in ("keys_file",) if name in args})
+    return path, str(args.get("version", "")), settings
 
 
 def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
@@ -262,8 +260,11 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
     """Serve a bundle on the cluster that Ray is connected to; returns the endpoint's URL once it answers.
 
     Where Serve runs already, the application of that name is brought up to date. Raises Refused for a bundle
-    that is not whole, for GPUs that the cluster lacks, and for a port that something else holds."""
+    that is not whole, for keys that cannot be read, for GPUs that the cluster lacks, and for a port that something else
+    holds."""
     check_gpus(deploy)
+    if not deploy.keys_file and not _is_loopback(deploy.host):
+        logger.warning("%s is reached from other machines, and asks for no keys: see deploy.keys_file", deploy.host)
     app = application(bundle_path, version, deploy)
     # Serve has no public way to ask which port it has.
     client = _get_global_client(raise_if_no_controller_running=False)
@@ -279,6 +280,13 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
     serve.run(app, name=name, route_prefix="/", blocking=False)
     host = "127.0.0.1" if deploy.host == "0.0.0.0" else deploy.host
     return f"http://{host}:{deploy.port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -9,12 +9,12 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve import metrics
@@ -39,6 +39,7 @@ from serve.application import (
     scaled,
 )
 from serve.application import Answer as Predictions
+from serve.gate import SPEND
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
@@ -102,7 +103,7 @@ def _check_engine(path: Path, settings: Deploy) -> None:
         raise Refused("deploy.gpus_per_replica", "llama_cpp computes on processors", gguf_file.INSTEAD)
     if settings.precision != "float32":
         raise Refused("deploy.precision", "llama_cpp's is deploy.gguf_dtype", "leave it out")
-    gguf_file.check(AutoConfig.from_pretrained(path))
+    gguf_file.check(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _api(settings: Deploy) -> FastAPI:
@@ -162,12 +163,12 @@ def _language_model(settings: Deploy, name: str) -> type:
             return {"id": name, "object": "model", "created": 0, "owned_by": "heliostat", "max_model_len": length}
 
         @api.post("/v1/completions")
-        async def completions(self, request: CompletionRequest) -> Response:
-            return await self._answer(CompletionAnswer, request)
+        async def completions(self, request: CompletionRequest, sent: Request) -> Response:
+            return await self._answer(CompletionAnswer, request, sent)
 
         @api.post("/v1/chat/completions")
-        async def chat(self, request: ChatRequest) -> Response:
-            return await self._answer(ChatAnswer, request)
+        async def chat(self, request: ChatRequest, sent: Request) -> Response:
+            return await self._answer(ChatAnswer, request, sent)
 
         def _model(self, asked: str) -> Loaded:
             assert self.loaded is not None
@@ -175,22 +176,24 @@ def _language_model(settings: Deploy, name: str) -> type:
                 raise Problem(404, f"The model `{asked}` does not exist; there is `{name}`", "model", "model_not_found")
             return self.loaded
 
-        async def _answer(self, kind: type[Answer], request: Generation) -> Response:
+        async def _answer(self, kind: type[Answer], request: Generation, sent: Request) -> Response:
             with contextlib.ExitStack() as busy:
                 loaded = busy.enter_context(self._model(request.model))
                 # Templates and grammars take a while: beside the streams that go on.
                 answer = await asyncio.to_thread(kind, loaded.engine, request, loaded.digest)
                 self.answers.add(answer)
-                busy.callback(self._count, answer)
+                busy.callback(self._count, answer, sent.scope.get(SPEND))
                 if not request.stream:
                     return JSONResponse(await answer.whole())
                 events = self._events(busy.pop_all(), answer)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-        def _count(self, answer: Answer) -> None:
+        def _count(self, answer: Answer, spend: Callable[[int], None] | None) -> None:
             """Once it has ended, or was given up. An answer of which nothing was drawn has no time."""
             self.answers.discard(answer)
             usage = answer.usage()
+            if spend is not None:
+                spend(usage["total_tokens"])
             for kind in ("prompt", "completion"):
                 if tokens := usage[f"{kind}_tokens"]:
                     self.tokens.inc(tokens, {"kind": kind})

@@ -1,7 +1,8 @@
 """The router that stands in front of two versions of a model while both of them live.
 
-It is told the shares of the traffic, sends each request to one version (or a copy of it to the other), and keeps what
-became of it until it is asked. Nobody waits for the new version's failures: the old one is asked instead.
+It lets requests in, in the versions' stead: one that both of them get counts once. It is told the shares of the
+traffic, sends each request to one version (or a copy of it to the other), and keeps what became of it until it is
+asked. Nobody waits for the new version's failures: the old one is asked instead.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
@@ -24,10 +25,11 @@ from starlette.responses import Response, StreamingResponse
 from heliostat.recipe import Recipe
 from heliostat.rollout.outcomes import Outcome, Seen
 from heliostat.rollout.schedule import Traffic, lot
+from serve.gate import ADMITTED, Gate, late, path_of, refusal
 
 SCOPE = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
-    "client", "server",
+    "client", "server", ADMITTED,
 )  # fmt: skip
 """What of a request is forwarded beside its body."""
 LEASE_S = 60.0
@@ -83,7 +85,8 @@ class Router:
     def __init__(self, stable: DeploymentHandle, candidate: tuple[str, str], salt: str, recipe: str) -> None:
         """`candidate`: names of its deployment and application. `salt`: of this rollout's lots. `recipe`: JSON."""
         settings = Recipe.model_validate_json(recipe)
-        self.settings, self.max_body_bytes = settings.rollout, settings.deploy.max_body_bytes
+        self.settings, self.deploy = settings.rollout, settings.deploy
+        self.gate = Gate(self.deploy.keys_file) if self.deploy.keys_file else None
         self.stable = stable.options(method_name="forward", stream=True)
         self.candidate = serve.get_deployment_handle(*candidate).options(method_name="forward", stream=True)
         self.salt, self.traffic, self.heard = salt, Traffic(0.0), time.monotonic()
@@ -97,7 +100,13 @@ class Router:
         return seen
 
     async def __call__(self, request: Request) -> Response:
-        asked = await self._read(request)
+        if self.gate is not None and (refused := await self.gate.admit(request.scope)) is not None:
+            return refused
+        try:
+            async with asyncio.timeout(self.deploy.body_timeout_s):
+                asked = await self._read(request)
+        except TimeoutError:
+            return refusal(path_of(request.scope), 408, late(self.deploy.body_timeout_s), connection="close")
         if request.method != "POST":  # pages, and what models there are
             return self._respond(await self._stable(asked))
         traffic = self.traffic if time.monotonic() - self.heard < LEASE_S else Traffic(0.0)
@@ -126,7 +135,7 @@ class Router:
         async for part in request.stream():
             parts.append(part)
             length += len(part)
-            if length > self.max_body_bytes:
+            if length > self.deploy.max_body_bytes:
                 break
         scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
         return Asked(scope, b"".join(parts), request.headers.get(self.settings.key_header, ""))
@@ -137,7 +146,8 @@ class Router:
             try:
                 return await _begin(self.stable, asked)
             except BackPressureError as error:
-                return Begun(503, JSON, math.nan, json.dumps({"detail": error.message}).encode(), None)
+                headers = [*JSON, (b"retry-after", b"%d" % math.ceil(error.retry_after_s or 0))]
+                return Begun(503, headers, math.nan, json.dumps({"detail": error.message}).encode(), None)
             except RayActorError:
                 if wait_s is None:
                     raise
@@ -169,6 +179,7 @@ class Router:
         """Ask the new version, too."""
         if len(self.copies) >= MAX_COPIES:
             return None
+        asked = replace(asked, scope={**asked.scope, ADMITTED: ""})  # who asked once is charged once
         # In a context of its own: the copy is no part of the request, and does not end with it.
         task = asyncio.create_task(self._copied(asked), context=contextvars.Context())
         self.copies.add(task)

@@ -12,6 +12,9 @@ from heliostat.recipe import Refused
 
 BUNDLE_VERSION = 1
 CARD = "card.json"
+PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+"""Suffixes of files that may hold a pickle, which can run any code when it is read."""
+INDEX = "model.safetensors.index.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -33,7 +36,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, card: dict[str, Any]) -> None:
-    """Raise Refused naming the first file that is missing, changed or not listed."""
+    """Raise Refused naming the first file that is missing, changed or not listed, or that may be a pickle."""
+    for name in card["files"]:
+        if Path(name).suffix in PICKLES:
+            raise Refused("bundle", f"{path}: {name} may be a pickle", "keep weights in safetensors")
     found = digests(path)
     for name, digest in card["files"].items():
         if name not in found:
@@ -44,6 +50,19 @@ def verify(path: Path, card: dict[str, Any]) -> None:
             )
     if extra := set(found) - set(card["files"]):
         raise Refused("bundle", f"{path}: {min(extra)} is not part of the bundle", "remove it")
+    for name in _shards(path):
+        if name not in card["files"] or not name.endswith(".safetensors"):
+            raise Refused("bundle", f"{path}: {INDEX} names {name}, which is none of its weights", "restore it")
+
+
+def _shards(path: Path) -> set[str]:
+    """The files that hold the weights of a bundle, where there are several."""
+    if not (path / INDEX).is_file():
+        return set()
+    try:
+        return {str(name) for name in json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused("bundle", f"{path}: {INDEX} is no index of weights", "restore it") from error
 
 
 def digests(path: Path) -> dict[str, str]:

@@ -5,12 +5,13 @@ cannot be done is refused by name; what changes no answer (`user`, `metadata`, â
 """
 
 # Annotations are not postponed here: FastAPI reads those of classes that travel by value.
+import json
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from heliostat.generate import EngineFailed
@@ -57,6 +58,16 @@ class Generation(Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unicode(cls, data: Any) -> Any:
+        """JSON can spell half a surrogate pair, which no tokenizer takes."""
+        try:
+            json.dumps(data, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text is not valid Unicode: {error.reason}") from error
+        return data
 
     @property
     def stops(self) -> list[str]:
@@ -147,7 +158,7 @@ class Problem(Exception):
 
 async def problem_response(request: Request, error: Exception) -> JSONResponse:
     found = as_problem(error)
-    return JSONResponse(found.body(), found.status)
+    return JSONResponse(found.body(), found.status, getattr(error, "headers", None))
 
 
 def as_problem(error: Exception) -> Problem:

@@ -1,7 +1,8 @@
-"""A language model's streams through the router, to either of two versions."""
+"""A language model's streams through the router, to either of two versions, for those who have a key."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -19,11 +20,17 @@ from heliostat.recipe import Recipe, override
 from heliostat.rollout.outcomes import Seen
 from heliostat.rollout.schedule import Traffic
 from pipelines.rollout import rollout
+from serve import keys
 from serve.application import deploy
 from serve.rollout import Served, Split, split
 from tests.bundles import Reference, chat_bundle
+from tests.slow_client import trickle
 
 pytestmark = pytest.mark.slow
+
+
+LIMITS = {"free": {}, "slow": {"requests_per_minute": 1, "burst": 3}, "reader": {"tokens_per_minute": 60}}
+"""Of tenants, whose keys are called as they are."""
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +39,36 @@ def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     folder = tmp_path_factory.mktemp("router")
     paths = [chat_bundle(folder, seed) for seed in (0, 1)]
-    settings = {"deploy.port": free_port(), "deploy.max_replicas": 1, "rollout.num_routers": 1}
+    file = folder / "keys.json"
+    file.write_text(
+        json.dumps({name: {"sha256": [keys.digest(name.encode())], **limits} for name, limits in LIMITS.items()})
+    )
+    settings = {
+        "deploy.port": free_port(),
+        "deploy.max_replicas": 1,
+        "deploy.keys_file": str(file),
+        "deploy.body_timeout_s": 2.0,
+        "rollout.num_routers": 1,
+    }
     recipe = override(bundles.read(paths[0]).recipe, settings)
     with split(recipe, Served(paths[0], "1"), Served(paths[1], "2")) as found:
         yield found
     serve.shutdown()
 
 
+def url(versions: Split) -> str:
+    return f"http://127.0.0.1:{versions.recipe.deploy.port}"
+
+
+def ask(versions: Split, tenant: str) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "sun", "max_tokens": 12, "ignore_eos": True}
+    headers = {"authorization": f"Bearer {tenant}"}
+    return httpx.post(f"{url(versions)}/v1/completions", json=body, headers=headers, timeout=30)
+
+
 def streamed(recipe: Recipe, **headers: str) -> tuple[str, set[str | None]]:
     """The text that was streamed, and the fingerprints of the bundle that made it."""
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{recipe.deploy.port}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{recipe.deploy.port}/v1", api_key="free", max_retries=0)
     chunks = list(
         client.completions.create(
             model="tiny", prompt="sun salt", max_tokens=12, temperature=0, stream=True, extra_headers=headers
@@ -128,13 +155,54 @@ def test_a_user_stays_with_one_version(versions: Split) -> None:
 
 def test_what_both_refuse_is_the_clients_mistake(versions: Split) -> None:
     versions.exchange(Traffic(1.0))
-    url = f"http://127.0.0.1:{versions.recipe.deploy.port}"
-    refused = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": 3}, timeout=30)
+    client = httpx.Client(base_url=url(versions), headers={"x-api-key": "free"}, timeout=30)
+    refused = client.post("/v1/completions", json={"model": "tiny", "prompt": 3})
     assert refused.status_code == 400
     assert "prompt" in refused.json()["error"]["message"]
     (seen,) = versions.exchange(Traffic(0.0))
     assert seen.candidate is not None
     assert not seen.candidate.failed
-    assert httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"] == "tiny"
-    large = httpx.post(f"{url}/predict", content=b"x" * (versions.recipe.deploy.max_body_bytes + 1), timeout=30)
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    large = client.post("/predict", content=b"x" * (versions.recipe.deploy.max_body_bytes + 1))
     assert large.status_code == 413
+
+
+@pytest.mark.parametrize("traffic", [Traffic(0.0), Traffic(1.0), Traffic(0.0, copied=True)], ids=str)
+def test_only_those_with_a_key_reach_a_version(versions: Split, traffic: Traffic) -> None:
+    versions.exchange(traffic)
+    assert ask(versions, "nobody").status_code == 401
+    assert httpx.get(f"{url(versions)}/v1/models").status_code == 401
+    assert httpx.get(f"{url(versions)}/healthz", timeout=30).status_code == 200
+    assert ask(versions, "free").status_code == 200
+    assert len(settled(versions)) == 1
+
+
+def test_who_asks_both_versions_once_is_charged_once(versions: Split) -> None:
+    versions.exchange(Traffic(0.0, copied=True))
+    assert [ask(versions, "slow").status_code for _ in range(4)] == [200, 200, 200, 429]
+    # 12 tokens and the prompt's of an answer: twice that five times would be more than the 60.
+    length = ask(versions, "free").json()["usage"]["total_tokens"]
+    begun, answered = time.monotonic(), 0
+    while ask(versions, "reader").status_code == 200:
+        answered += 1
+        time.sleep(0.3)  # for what was charged to be heard of
+    most = 60 + (time.monotonic() - begun)
+    assert most - length <= answered * length <= most + length
+    assert len(settled(versions)) == 4 + answered
+    # What the router let in is not counted again behind it either.
+    versions.exchange(Traffic(1.0))
+    assert ask(versions, "slow").status_code == 429
+    assert settled(versions) == []
+
+
+def test_the_router_waits_for_no_body_either(versions: Split) -> None:
+    found, seconds = trickle(url(versions), "/v1/completions", {"x-api-key": "free"})
+    assert found.startswith(b"HTTP/1.1 408 ")
+    assert b'"error":{"message":"body: not here after 2 s' in found
+    assert seconds < 8
+
+
+def settled(versions: Split) -> list[Seen]:
+    """What was seen, once copies have been answered."""
+    time.sleep(2)
+    return versions.exchange(Traffic(0.0))

@@ -14,6 +14,7 @@ from torch import Tensor
 from heliostat.models import bundle
 from heliostat.models.bundle import Bundle
 from heliostat.models.load import build_model
+from heliostat.predictor import Predictor
 from heliostat.recipe import Recipe, Refused
 from tests.recipes import prepared, tiny_bert, tiny_llama
 
@@ -146,3 +147,74 @@ def test_metrics_are_added_to_the_card(one: Path) -> None:
     found = bundle.add_metrics(bundle.read(one), {"test.accuracy": 0.9})
     assert bundle.read(one) == found
     assert found.card["metrics"] == {"validation.loss": 1.5, "test.accuracy": 0.9}
+
+
+class Planted:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def listed(path: Path) -> Bundle:
+    """The bundle with a card that lists its files as they are now: who can change the one can change the other."""
+    alter(path, files=bundle.digests(path))
+    return bundle.read(path, verify_files=False)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "folder/tokenizer.pkl"])
+def test_a_pickle_is_never_read(name: str, one: Path, tmp_path: Path) -> None:
+    """Neither beside the weights nor in their stead."""
+    trace = tmp_path / "trace"
+    (one / name).parent.mkdir(exist_ok=True)
+    torch.save(Planted(trace), one / name)
+    for weights in (True, False):
+        if not weights:
+            (one / "model.safetensors").unlink()
+        found = listed(one)
+        with pytest.raises(Refused, match=f"{name} may be a pickle"):
+            Predictor(found)
+        if weights:
+            found.model()
+        else:  # unverified, transformers finds no weights in it
+            with pytest.raises(OSError, match="safetensors"):
+                found.model()
+        assert not trace.exists()
+    torch.load(one / name, weights_only=False)
+    assert trace.exists()  # had it been read
+
+
+@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../weights.safetensors", "/tmp/weights.safetensors"])
+def test_weights_come_from_the_bundle_alone(shard: str, one: Path) -> None:
+    (one / "model.safetensors").rename(one.parent / "weights.safetensors")
+    (one / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"weight": shard}}))
+    with pytest.raises(Refused, match=r"names .*, which is none of its weights"):
+        bundle.verify(listed(one))
+    (one / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(Refused, match="no index of weights"):
+        bundle.verify(listed(one))
+
+
+def test_code_in_a_bundle_is_not_run(one: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    config = json.loads((one / "config.json").read_text())
+    config |= {"model_type": "planted", "auto_map": {"AutoConfig": "planted.Config", "AutoModel": "planted.Model"}}
+    (one / "config.json").write_text(json.dumps(config))
+    (one / "planted.py").write_text(f"import pathlib; pathlib.Path({str(trace)!r}).touch()")
+    found = listed(one)
+    bundle.verify(found)
+    with pytest.raises(ValueError, match="custom code"):
+        found.model()
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "folder/../../outside.json"])
+def test_a_card_lists_nothing_outside(name: str, one: Path) -> None:
+    (one.parent / "outside.json").write_text("{}")
+    files = json.loads((one / "card.json").read_text())["files"]
+    alter(one, files=files | {name: "0" * 64})
+    with pytest.raises(Refused, match="is missing"):
+        bundle.read(one)

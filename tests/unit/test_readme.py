@@ -18,7 +18,7 @@ import yaml
 
 from heliostat.recipe import Recipe, field_paths, override
 from heliostat.tasks import get_task
-from pipelines import doctor, monitor, schedule, simulate
+from pipelines import doctor, keys, monitor, schedule, simulate
 from pipelines.job import parse
 from pipelines.recipes import BUILT_IN, find_recipe
 from serve.openai.protocol import ChatRequest
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADS = ("make ", "python -m ", "ray ")
+OWN_ARGUMENTS: dict[str, Any] = {each.__name__: each for each in (keys, monitor, schedule, simulate)}
+"""Jobs without a recipe, which read their words themselves."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -82,12 +84,8 @@ def check(words: list[str]) -> None:
             for name, recipe in subjects.items():
                 assert recipe or (ROOT / name).is_file()
                 assert not recipe or override(recipe, overrides)
-        case ["python", "-m", "pipelines.monitor", *arguments]:
-            assert monitor.parse(arguments)
-        case ["python", "-m", "pipelines.schedule", *arguments]:
-            assert schedule.parse(arguments)
-        case ["python", "-m", "pipelines.simulate", *arguments]:
-            assert simulate.parse(arguments)
+        case ["python", "-m", module, *arguments] if module in OWN_ARGUMENTS:
+            assert OWN_ARGUMENTS[module].parse(arguments)
         case ["python", "-m", module, *arguments]:
             assert module.startswith("pipelines.")
             assert importlib.util.find_spec(module), f"no {module}"

@@ -44,11 +44,12 @@ class Bundle:
     def processor(self) -> Any:
         if not (self.path / "tokenizer_config.json").is_file():
             return None
-        return transformers.AutoTokenizer.from_pretrained(self.path)
+        return transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
 
     def model(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """On CPU, in evaluation mode. Safetensors only: no pickle is ever read."""
-        return auto_class(self.task()).from_pretrained(self.path, dtype=dtype, use_safetensors=True).eval()
+        """On CPU, in evaluation mode. Safetensors only: no pickle is ever read, and no code of the folder is run."""
+        kind, safe = auto_class(self.task()), {"use_safetensors": True, "trust_remote_code": False}
+        return kind.from_pretrained(self.path, dtype=dtype, **safe).eval()
 
 
 def write(

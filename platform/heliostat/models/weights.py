@@ -24,11 +24,11 @@ from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from heliostat.card import INDEX
 from heliostat.models.blocks import blocks
 from heliostat.recipe import Refused
 
 FILE = "model.safetensors"
-INDEX = f"{FILE}.index.json"
 
 
 class Weights:

@@ -35,6 +35,16 @@ class Deploy(Section):
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
     max_ongoing_requests: PositiveInt = 64
     max_queued_requests: PositiveInt = 256
+    """Where so many wait at a proxy, the next are told to come again: status 503."""
+    keys_file: str = ""
+    """The file of API keys that `pipelines.keys` writes, where every node sees it, or `env:NAME`, an environment
+    variable of all nodes with its content. Empty: everyone may ask."""
+    timeout_s: PositiveFloat = 600.0
+    """A request that is not answered by then is given up: status 504."""
+    body_timeout_s: PositiveFloat = 30.0
+    """So is one whose body is not here by then: status 408."""
+    drain_s: PositiveFloat = 60.0
+    """What a replica that ends has begun may take so long; what is not done then is cut off."""
     max_batch_size: PositiveInt = 16
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
     max_inputs: PositiveInt = 256
