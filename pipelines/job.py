@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import ValidationError
@@ -31,11 +31,13 @@ class Options:
     address: str = ""
     """A Ray cluster to run on. Empty: the one this job was submitted to, else one started on this machine."""
     bundle: str = ""
-    """evaluate, register, deploy, predict: a bundle's folder. Empty: the recipe's champion, else its newest run's."""
+    """evaluate, register, deploy, predict, drift: a bundle's folder. Empty: the recipe's champion, else its newest
+    run's."""
     input: str = ""
     """predict: a Parquet, CSV or JSONL source of rows."""
     keep: bool = False
-    """lifecycle, deploy, rollout: leave the endpoint up on a cluster that outlives the job (`make stop` ends it)."""
+    """lifecycle, deploy, rollout: leave the endpoint up on a cluster that outlives the job (`make stop` ends it).
+    drift: run on that cluster."""
     fresh: bool = False
     """lifecycle: do stages again though their inputs have not changed."""
     layouts: str = ""
@@ -53,6 +55,12 @@ class Options:
     """tune: search a ready-made space for the recipe's task, beside what `tune.space` says, and try its baseline."""
     full: bool = False
     """lifecycle: search longer and train for more epochs."""
+    since: str = ""
+    """drift: from when on served rows are compared, `24h` or `7d` ago or a date. Empty: all that are kept."""
+    every_s: float = 0.0
+    """drift: look again so often, and tell Prometheus, until Ctrl-C. 0: look once."""
+    on_drift: Literal["report", "retrain"] = "report"
+    """drift: what to do about it, beside saying so. `retrain`: the lifecycle again, where there are new rows."""
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,8 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     generates = bundles.read(bundle_path, verify_files=False).task().model_class == "AutoModelForCausalLM"
     if settings.engine != "embedded" and not generates:
         raise Refused("deploy.engine", f"{settings.engine} is for models that generate text", "leave it out")
+    if settings.sample_share and generates:
+        raise Refused("deploy.sample_share", "what models that generate text are asked is not kept", "set it 0")
     return (language_model if generates else classifier).application(bundle_path, version, settings)
 
 

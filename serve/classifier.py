@@ -19,6 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
 from ray.serve import metrics
 
+from heliostat.monitor.served import Sampler
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
 from serve.application import (
@@ -81,6 +82,15 @@ def _classifier(settings: Deploy) -> type:
             self.batch_size = metrics.Histogram("heliostat_serve_batch_size", "Inputs of a forward pass", BATCH_SIZES)
             # One: models and tokenizers are not for sharing, and a second would only contend for processors.
             self.thread = ThreadPoolExecutor(1, "predict")
+            self.samples = metrics.Counter("heliostat_serve_samples", "Inputs kept for `drift`, dropped", ("outcome",))
+            self.sampler: Sampler | None = None
+            if settings.sample_share:
+                self.sampler = Sampler(settings, lambda outcome, rows: self.samples.inc(rows, {"outcome": outcome}))
+
+        async def __del__(self) -> None:
+            """Serve calls and awaits this when it stops a replica."""
+            if self.sampler is not None:
+                await asyncio.to_thread(self.sampler.close)
 
         async def reconfigure(self, config: dict[str, str]) -> None:
             """Serve calls this before a replica is ready, and again for another bundle: the old one answers
@@ -105,6 +115,8 @@ def _classifier(settings: Deploy) -> type:
             finally:
                 self.ongoing -= 1
                 self.queue.set(self.ongoing)
+            if self.sampler is not None:
+                self.sampler.offer(predictor.bundle, version, inputs, predictions)
             return Answer(predictions=predictions, bundle=predictor.bundle.digest[:12], version=version)
 
         async def _answers(self, predictor: Predictor, inputs: list[Input]) -> list[dict[str, Any]]:

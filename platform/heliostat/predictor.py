@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -71,6 +72,21 @@ class Predictor:
             for number, prediction in zip(numbers.tolist(), found, strict=True):
                 predictions[number] = prediction
         return predictions
+
+    @torch.inference_mode()
+    def embeddings(self, table: pa.Table) -> np.ndarray | None:
+        """(N, H) of prepared rows, in their order; None where the task has none."""
+        found: np.ndarray | None = None
+        for numbers, batch in evaluate.batches(self.task, table):
+            batch = batch.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                embedded = self.task.embeddings(self.model, batch)
+            if embedded is None:
+                return None
+            if found is None:
+                found = np.empty((table.num_rows, embedded.shape[1]), np.float32)
+            found[numbers] = embedded.float().cpu().numpy()
+        return found
 
     def latency_s(self, table: pa.Table) -> float:
         """Median seconds from one prepared row to its prediction, over the first rows of the table in turn."""

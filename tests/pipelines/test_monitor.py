@@ -24,9 +24,11 @@ from heliostat.hardware import free_port
 from heliostat.launch.cluster import KEPT_SESSION, nodes_file
 from heliostat.launch.train import fit
 from heliostat.launch.tune.search import search
-from heliostat.monitor.dashboards import DASHBOARDS, Dashboard, Panel, render
-from heliostat.recipe import Deploy, Refused
+from heliostat.monitor.dashboards import DASHBOARDS, SERVING, Dashboard, Panel, render
+from heliostat.recipe import Deploy, Refused, override
 from heliostat.train.loop import STOP_FILE, train
+from pipelines import drift
+from pipelines.job import Job, Options
 from serve.application import deploy
 from tests import needs, recipes
 from tests.bundles import chat_bundle
@@ -160,7 +162,8 @@ class Panels:
 @pytest.mark.slow
 @needs.promtool
 def test_no_panel_is_empty(prometheus: Prometheus, tmp_path: Path) -> None:
-    """While a model is trained, another searched for, and a classifier and a language model are asked."""
+    """While a model is trained, another searched for, and a classifier (watched for drift) and a language model are
+    asked."""
     from ray import serve
 
     every = [panel for board in DASHBOARDS for row in board.rows.values() for panel in row]
@@ -173,6 +176,7 @@ def test_no_panel_is_empty(prometheus: Prometheus, tmp_path: Path) -> None:
     classifier = Path(train(bert, texts.folder, tmp_path / "classifier")["bundle"])
     language_model = chat_bundle(tmp_path)
     settings = Deploy(port=free_port(), max_replicas=1, cache_tokens=8192)
+    sampled = settings.model_copy(update={"sample_share": 1.0, "sample_every_s": 1.0})
     run_dir, search_dir = tmp_path / "watched", tmp_path / "trials"
     search_dir.mkdir()
     tokens = {"prompt": 0, "completion": 0}
@@ -180,12 +184,16 @@ def test_no_panel_is_empty(prometheus: Prometheus, tmp_path: Path) -> None:
         training = beside.submit(fit, llama, rows, run_dir)
         searching = beside.submit(search, bert, texts, search_dir)
         try:
-            url = deploy(classifier, "1", settings, "watched")
+            url = deploy(classifier, "1", sampled, "watched")
+            asked_of = Job("drift", override(bert, {"drift.min_rows": 10}), Options(bundle=str(classifier)), tmp_path)
+            gauges = drift.Gauges("watched")
 
             def batched() -> bool:
                 for inputs in ([{"text": "sun"}] * 3, []):
                     httpx.post(f"{url}/predict", json={"inputs": inputs}, timeout=60)
-                return "Inputs of a forward pass" not in panels.look()
+                gauges.tell(drift.look(asked_of))
+                empty = panels.look()
+                return not {"Inputs of a forward pass", *(panel.title for panel in SERVING.rows["Drift"])} & set(empty)
 
             until(batched)
             deploy(language_model, "1", settings, "watched")

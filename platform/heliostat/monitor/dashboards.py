@@ -225,6 +225,34 @@ SERVING = Dashboard(
             ),
             Panel("Time to the first token", "s", shares("ray_heliostat_serve_first_token_s", ENDPOINT, "application")),
         ],
+        "Drift": [
+            Panel(
+                "Samples a second",
+                "none",
+                {
+                    "{{application}} {{outcome}}": "sum by (application, outcome) "
+                    f"(rate(ray_heliostat_serve_samples_total{{{ENDPOINT}}}[2m]))"
+                },
+                "Of inputs, for the job drift: kept, or dropped where the disk does not keep up.",
+            ),
+            Panel(
+                "Population stability index",
+                "none",
+                {"{{model}} {{feature}}": "max by (model, feature) (ray_heliostat_drift_psi)"},
+                "Of what is served against validation rows.",
+            ),
+            Panel(
+                "Distance of embeddings",
+                "none",
+                {"{{model}}": "max by (model) (ray_heliostat_drift_mmd)"},
+                "The squared maximum mean discrepancy from validation rows.",
+            ),
+            Panel(
+                "Features that have drifted",
+                "none",
+                {"{{model}}": "sum by (model) (max by (model, feature) (ray_heliostat_drift_found))"},
+            ),
+        ],
     },
     {"application": "ray_heliostat_serve_requests_total"},
 )

@@ -37,7 +37,7 @@ from heliostat.recipe.sections import (
     Tracking,
     Training,
 )
-from heliostat.recipe.serving import Deploy, Gate, GgufDtype, Rollout
+from heliostat.recipe.serving import Deploy, Drift, Gate, GgufDtype, Rollout
 
 __all__ = [
     "OPEN",
@@ -48,6 +48,7 @@ __all__ = [
     "Choice",
     "Data",
     "Deploy",
+    "Drift",
     "Energy",
     "GgufDtype",
     "Integers",
@@ -108,6 +109,7 @@ class Recipe(Section):
     gate: Gate = Gate()
     deploy: Deploy = Deploy()
     rollout: Rollout = Rollout()
+    drift: Drift = Drift()
     energy: Energy = Energy()
     tracking: Tracking = Tracking()
 

@@ -1,4 +1,5 @@
-"""The sections of a recipe that say which bundle is deployed, how it is served, and how another takes its place."""
+"""The sections of a recipe that say which bundle is deployed, how it is served, how another takes its place, and when
+what it is asked has drifted."""
 
 from __future__ import annotations
 
@@ -50,6 +51,16 @@ class Deploy(Section):
     max_inputs: PositiveInt = 256
     """Inputs one request may hold."""
     max_body_bytes: PositiveInt = 4 << 20
+    sample_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of the inputs, those that are kept with their predictions, as clients sent them, for the job `drift`. 0: none."""
+    sample_folder: str = ""
+    """Where they are kept, by bundle. Empty: STORAGE/served/NAME."""
+    sample_every_s: PositiveFloat = 60.0
+    """A replica writes a file so often, where it has something to write."""
+    sample_days: PositiveFloat = 30.0
+    """Older ones are removed."""
+    sample_bytes: PositiveInt = 1 << 30
+    """So are the oldest where the folder holds more."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
     threads_per_replica: PositiveInt = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
@@ -103,4 +114,28 @@ class Rollout(Section):
     def _rising(self) -> Rollout:
         if any(low >= high for low, high in pairwise(self.steps)):
             raise Refused("rollout.steps", f"{self.steps} do not rise", "name each share once, the smallest first")
+        return self
+
+
+class Drift(Section):
+    """What of an endpoint's inputs and predictions differs from the bundle's validation rows has drifted if chance
+    would hardly do it, and if it differs by enough to matter: with many rows, every difference is more than chance."""
+
+    false_alarms: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    """The chance at most that a report says drift where there is none, over all that it compares."""
+    psi: PositiveFloat = 0.2
+    """The population stability index from which a column matters. 0.2 is a normal column's shift by 0.45 of its
+    standard deviation."""
+    mmd: PositiveFloat = 0.02
+    """The squared maximum mean discrepancy from which embeddings matter. 0.02 is a shift by a quarter of the standard
+    deviation, in all their dimensions."""
+    min_rows: Annotated[int, Field(ge=10)] = 100
+    """With fewer, on either side, nothing is said."""
+    max_rows: PositiveInt = 2000
+    """So many of each side are compared, a random choice where there are more."""
+
+    @model_validator(mode="after")
+    def _rows(self) -> Drift:
+        if self.min_rows > self.max_rows:
+            raise ValueError(f"min_rows={self.min_rows} is above max_rows={self.max_rows}")
         return self

@@ -208,6 +208,18 @@ class Task:
         """A valid input: asked once before a replica says that it is ready."""
         raise NotImplementedError
 
+    # -- what is watched for drift, of prepared rows; beside it the predictions are
+
+    def watched(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Of each row, by what a report calls it: numbers (float64, NaN where missing) or categories (str)."""
+        return {"length": table.column("length").to_numpy().astype(np.float64)}
+
+    def embeddings(self, model: Any, batch: Batch) -> Tensor | None:
+        """(B, H): what the model makes of a row before it decides. None: nothing that could be compared."""
+        return None
+
+    # -- what it has to beat
+
     def baseline(self, train: pa.Table, other: pa.Table) -> Baseline | None:
         """The simplest honest method, fitted on `train` and tried on `other` (prepared rows)."""
         return None
@@ -288,6 +300,12 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, smoothing: float) -
     loss_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=smoothing)
     correct_B = (logits_BC.argmax(-1) == labels_B).float()
     return {"loss": loss_B, "weight": torch.ones_like(loss_B), "accuracy": correct_B}
+
+
+def last_hidden_state(model: Any, batch: Batch) -> Tensor | None:
+    """Of a transformers model below its head: (B, T, H), or (B, H, …) of a convolutional one. None where its family
+    names none."""
+    return getattr(model.base_model(**batch.inputs), "last_hidden_state", None)
 
 
 def class_predictions(logits_BC: Tensor, labels: list[str]) -> list[dict[str, Any]]:

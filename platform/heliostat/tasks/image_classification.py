@@ -23,6 +23,7 @@ from heliostat.tasks import (
     classification_sums,
     encode_labels,
     labels_of,
+    last_hidden_state,
     row_name,
 )
 
@@ -154,6 +155,24 @@ class ImageClassification(Task):
         file = io.BytesIO()
         Image.new("L" if channels == 1 else "RGB", (width, height)).save(file, "PNG")
         return {"image": base64.b64encode(file.getvalue()).decode()}
+
+    def watched(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Brightness and contrast of each channel: mean and standard deviation of its pixels, from 0 to 1."""
+        flat = table.column("pixels").combine_chunks().flatten().to_numpy()
+        pixels = flat.reshape(table.num_rows, self.facts["image_shape"][0], -1)
+        found: dict[str, np.ndarray] = {}
+        for channel in range(pixels.shape[1]):
+            # Image by image: as floats, all of them at once may not fit in memory.
+            found[f"mean of channel {channel}"] = np.array([row.mean() for row in pixels[:, channel]]) / 255
+            found[f"deviation of channel {channel}"] = np.array([row.std() for row in pixels[:, channel]]) / 255
+        return found
+
+    def embeddings(self, model: Any, batch: Batch) -> Tensor | None:
+        """The mean over patches, or over what convolutions leave of height and width."""
+        hidden = last_hidden_state(model, batch)
+        if hidden is None:
+            return None
+        return hidden.flatten(2).mean(-1) if hidden.ndim == 4 else hidden.mean(1)
 
     def baseline(self, train: pa.Table, other: pa.Table) -> Baseline:
         """Logistic regression on the pixels (of at most 5000 images)."""

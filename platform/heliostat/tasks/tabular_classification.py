@@ -162,6 +162,14 @@ class TabularClassification(Task):
     def example(self) -> dict[str, Any]:
         return dict(zip(self.facts["columns"], self.facts["mean"], strict=True))
 
+    def watched(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Each column."""
+        values_BF = self._stored(table.column("features").combine_chunks())
+        return dict(zip(self.facts["columns"], values_BF.T, strict=True))
+
+    def embeddings(self, model: Any, batch: Batch) -> Tensor | None:
+        return model.encoder(batch.inputs["features"], batch.inputs["missing"])
+
     def baseline(self, train: pa.Table, other: pa.Table) -> Baseline | None:
         """Gradient boosting: the best of a few settings on `other`."""
         from sklearn.ensemble import HistGradientBoostingClassifier

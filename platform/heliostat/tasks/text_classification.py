@@ -20,6 +20,7 @@ from heliostat.tasks import (
     classification_sums,
     encode_labels,
     labels_of,
+    last_hidden_state,
     pad_lists,
     row_name,
 )
@@ -111,6 +112,21 @@ class TextClassification(Task):
 
     def example(self) -> dict[str, Any]:
         return {"text": "a short text"}
+
+    def watched(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Length, and tokens a word: words that the vocabulary does not have are cut into more of them. Not known of a
+        text that was cut."""
+        tokens = table.column("length").to_numpy().astype(np.float64)
+        words = np.array([len(text.split()) for text in table.column("text").to_pylist()], np.float64)
+        cut = tokens >= self.recipe.model.max_length
+        return {"length": tokens, "tokens a word": np.where(cut, np.nan, tokens / np.maximum(words, 1))}
+
+    def embeddings(self, model: Any, batch: Batch) -> Tensor | None:
+        """The mean over a text's tokens."""
+        hidden_BTH, mask_BT = last_hidden_state(model, batch), batch.inputs["attention_mask"]
+        if hidden_BTH is None:
+            return None
+        return (hidden_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
     def baseline(self, train: pa.Table, other: pa.Table) -> Baseline:
         """TF-IDF of words and word pairs, then logistic regression."""
