@@ -26,7 +26,8 @@ from heliostat.launch.train import fit
 from heliostat.launch.tune.search import search
 from heliostat.monitor.dashboards import DASHBOARDS, Dashboard, Panel, render
 from heliostat.recipe import Deploy, Refused
-from heliostat.train.loop import STOP_FILE, train
+from heliostat.train.folder import STOP_FILE
+from heliostat.train.loop import train
 from serve.application import deploy
 from tests import needs, recipes
 from tests.bundles import chat_bundle

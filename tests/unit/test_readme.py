@@ -18,7 +18,7 @@ import yaml
 
 from heliostat.recipe import Recipe, field_paths, override
 from heliostat.tasks import get_task
-from pipelines import doctor, monitor
+from pipelines import doctor, monitor, report
 from pipelines.job import parse
 from pipelines.recipes import BUILT_IN, find_recipe
 from serve.openai.protocol import ChatRequest
@@ -84,6 +84,8 @@ def check(words: list[str]) -> None:
                 assert not recipe or override(recipe, overrides)
         case ["python", "-m", "pipelines.monitor", *arguments]:
             assert monitor.parse(arguments)
+        case ["python", "-m", "pipelines.report", *arguments]:
+            assert report.parse(arguments)
         case ["python", "-m", module, *arguments]:
             assert module.startswith("pipelines.")
             assert importlib.util.find_spec(module), f"no {module}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -17,38 +16,26 @@ from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.study import Study
 from heliostat.launch.tune.watch import columns
 from heliostat.recipe import write_atomically
+from heliostat.report.html import page, plot, table
 
 REPORT_FILE = "report.html"
 ROWS = 500
 """Trials that are listed; the plots show all."""
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }
-.absent { color: #777 }
-"""
 
 
 def write_report(study: Study, path: Path, said: str = "") -> None:
     """Write the page, whatever there is to show. `said`: of the search's outcome, besides."""
     rows = study.rows()
-    plots = [_plot(title, draw, first=index == 0) for index, (title, draw) in enumerate(_plots(study))]
+    plots = [plot(title, draw, first=index == 0) for index, (title, draw) in enumerate(_plots(study))]
     counts = Counter(row["state"] for row in rows)
     ended = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial has ended"
-    name = html.escape(study.memory.study_name)
-    write_atomically(
-        path,
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Search {name}</title><style>{STYLE}</style></head><body>
-<h1>Search {name}</h1>
-<p>{ended}; {study.seconds / 60:.1f} minutes, {study.joules / JOULES_PER_KWH:.2g} kWh ({ESTIMATED}).</p>
-{f"<p><strong>{html.escape(said)}</strong></p>" if said else ""}
+    outcome = f"<p><strong>{html.escape(said)}</strong></p>" if said else ""
+    body = f"""<p>{ended}; {study.seconds / 60:.1f} minutes, {study.joules / JOULES_PER_KWH:.2g} kWh ({ESTIMATED}).</p>
+{outcome}
 {"".join(plots)}
 <h2>Trials, best first</h2>
-{_table(rows)}
-</body></html>
-""",
-    )
+{_table(rows)}"""
+    write_atomically(path, page(f"Search {study.memory.study_name}", body))
 
 
 def _plots(study: Study) -> list[tuple[str, Callable[[], Any]]]:
@@ -88,33 +75,8 @@ def _curves(study: Study) -> Any:
     return figure
 
 
-def _plot(title: str, draw: Callable[[], Any], first: bool) -> str:
-    """The plot, or why there is none. `first`: it brings plotly's code."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            figure = draw()
-    except (ValueError, RuntimeError) as error:
-        # Too few trials, or no value that differs.
-        body = f'<p class="absent">Not drawn: {html.escape(str(error))}</p>'
-        if first:
-            body += _code()
-    else:
-        body = figure.to_html(full_html=False, include_plotlyjs=first, default_height="480px")
-    return f"<h2>{html.escape(title)}</h2>{body}"
-
-
-def _code() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return f"<script>{get_plotlyjs()}</script>"
-
-
 def _table(trials: list[dict[str, Any]]) -> str:
     heads, rows = columns(trials[:ROWS])
-    body = []
-    for trial, row in zip(trials, rows, strict=False):
-        weight = ' style="font-weight: 600"' if trial["pareto"] and trial["state"] == DONE else ""
-        body.append(f"<tr{weight}>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    best = (' style="font-weight: 600"' if trial["pareto"] and trial["state"] == DONE else "" for trial in trials)
     more = f"<p>… and {len(trials) - ROWS} more.</p>" if len(trials) > ROWS else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>{more}"
+    return table(heads, rows, best) + more
