@@ -28,7 +28,8 @@ from heliostat.data.prepare import Prepared, prepare
 from heliostat.launch.cluster import THREADS, connect
 from heliostat.launch.train import fit
 from heliostat.recipe import Recipe, build, override
-from heliostat.train.loop import OUTCOME_FILE, train
+from heliostat.train.folder import OUTCOME_FILE
+from heliostat.train.loop import train
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,15 @@ EXIT_CODES = {"failed": 1, "different": 1, "refused": 2, "problems": 2, "interru
 """By the answer's status; of all others 0."""
 
 
-def answer(name: str, body: Callable[[], dict[str, Any]], run_dir: Callable[[], Path | None] = lambda: None) -> int:
+def answer(
+    name: str,
+    body: Callable[[], dict[str, Any]],
+    run_dir: Callable[[], Path | None] = lambda: None,
+    ended: Callable[[dict[str, Any]], None] = lambda answer: None,
+) -> int:
     """Run a job's body and answer with what it returns; returns the exit code: 0 done, 1 failure, 2 refused input, 130
-    interrupted. `run_dir`: the run's folder, asked once the body has ended."""
+    interrupted. `run_dir`: the run's folder, asked once the body has ended. `ended` is told the answer once it is
+    there."""
     started = time.time()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     with _json_stdout() as say:
@@ -44,6 +50,7 @@ def answer(name: str, body: Callable[[], dict[str, Any]], run_dir: Callable[[], 
         text = json.dumps(whole)
         if "result" in whole:
             write_atomically(Path(whole["result"]), text + "\n")
+        ended(whole)
         say(text)
     return EXIT_CODES.get(whole["status"], 0)
 

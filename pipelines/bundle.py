@@ -24,7 +24,7 @@ def run(job: Job) -> dict[str, Any]:
         raise Refused(
             "model.name", f"{min(built.new_parameters)} is not among its weights: it must be trained", command
         )
-    job.run_dir.mkdir(parents=True)
+    job.run_dir.mkdir(parents=True, exist_ok=True)
     lineage = {"pretrained": model.name}
     bundle = bundles.write(
         job.run_dir / "bundle", task, built.state_dict(), processor, data={}, metrics={}, lineage=lineage

@@ -6,6 +6,7 @@ from typing import Any
 
 from heliostat.launch.cluster import connect, dashboard
 from heliostat.models import bundle as bundles
+from heliostat.record import say
 from pipelines.answer import end_on_signals
 from pipelines.job import Job, main
 from pipelines.register import chosen_bundle
@@ -19,6 +20,7 @@ def run(job: Job) -> dict[str, Any]:
     with connect(job.recipe, job.options.address, job.options.keep):
         end_on_signals()
         endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)
+        say("deployed", endpoint=endpoint, bundle=str(bundle.path))
         kept = f"; `make stop` ends it; Ray dashboard: {dashboard()}" if job.options.keep else ""
         print(f"serving {bundle.path} at {endpoint}{kept}", flush=True)
         try:

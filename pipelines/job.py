@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import getpass
 import json
 import os
+import platform as python_platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,10 +19,18 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import ValidationError
 
+import heliostat
+from heliostat.hardware import this_machine
+from heliostat.installed import version
 from heliostat.launch.tune import STUDY_FILE
+from heliostat.place import Place
 from heliostat.recipe import Recipe, Refused, build, field_paths, load, nearest, refusal, sections
+from heliostat.record import Recording
 from pipelines.answer import answer
 from pipelines.recipes import BUILT_IN, find_recipe
+
+RECORDED = ("ray", "torch", "transformers")
+"""Packages whose versions a job's record has."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +113,7 @@ def _dump(value: dict[str, Any]) -> str:
 
 def parse(words: list[str]) -> tuple[Recipe, Options]:
     """The recipe with the command line's overrides. Raises Refused naming field, reason and the nearest right name."""
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        recipe = find_recipe(words.pop(0))
-    elif "--recipe" in words[:-1]:
-        at = words.index("--recipe")
-        recipe = load(Path(words[at + 1]).expanduser())
-        del words[at : at + 2]
-    elif {"-h", "--help"} & set(words):
-        recipe = find_recipe("sentiment")
-    else:
-        raise Refused(
-            "recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function"
-        )
+    recipe, words = _base(words)
     options = dataclasses.fields(Options)
     names = field_paths() + [option.name for option in options]
     others = ["help", *(f"no_{option.name}" for option in options if option.type == "bool")]
@@ -137,6 +136,24 @@ def parse(words: list[str]) -> tuple[Recipe, Options]:
     return build(parsed.recipe.model_dump(mode="json")), parsed.options
 
 
+def _base(words: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe that is named, and the other words."""
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        recipe = find_recipe(words.pop(0))
+    elif "--recipe" in words[:-1]:
+        at = words.index("--recipe")
+        recipe = load(Path(words[at + 1]).expanduser())
+        del words[at : at + 2]
+    elif {"-h", "--help"} & set(words):
+        recipe = find_recipe("sentiment")
+    else:
+        raise Refused(
+            "recipe", "no recipe is named", f"there are: {', '.join(BUILT_IN)}; or --recipe FILE, or module:function"
+        )
+    return recipe, words
+
+
 def _refusal(event: Any) -> Refused:
     """tyro's parse error as field, reason and suggestion."""
     argument = getattr(event, "argument", None)
@@ -155,14 +172,60 @@ def _refusal(event: Any) -> Refused:
 def main(name: str, body: Callable[[Job], dict[str, Any]], words: list[str] | None = None) -> int:
     """Run a job; returns its exit code: 0 done, 1 failure, 2 refused input, 130 interrupted."""
     run_dir: Path | None = None
+    record: Recording | None = None
 
     def run() -> dict[str, Any]:
-        nonlocal run_dir
-        recipe, options = parse(sys.argv[1:] if words is None else words)
+        nonlocal run_dir, record
+        given = sys.argv[1:] if words is None else words
+        recipe, options = parse(given)
         run_dir = _run_dir(name, recipe, options)
-        return body(Job(name, recipe, options, run_dir))
+        if recipe.record.max_bytes:
+            if recipe.record_storage:
+                Place.at(recipe.record_storage, "record.storage")  # refuses
+            begun = _facts(name, given, recipe)
+            record = Recording(run_dir, recipe.record_storage, recipe.record.max_bytes, begun)
+        try:
+            return body(Job(name, recipe, options, run_dir))
+        except Refused:
+            if record is not None:
+                record.discard()
+            raise
 
-    return answer(name, run, lambda: run_dir)
+    def ended(answer: dict[str, Any]) -> None:
+        if record is not None:
+            record.end(status=answer["status"], seconds=answer["seconds"], error=answer.get("error"))
+
+    return answer(name, run, lambda: run_dir, ended)
+
+
+def _facts(name: str, words: list[str], recipe: Recipe) -> dict[str, Any]:
+    """What a record says of a job as it begins: who runs what, on what."""
+    base, now = _base(words)[0].model_dump(mode="json"), recipe.model_dump(mode="json")
+    versions = {"python": python_platform.python_version()} | {package: version(package) for package in RECORDED}
+    return {
+        "job": name,
+        "words": words,
+        "user": _user(),
+        "folder": os.getcwd(),
+        "versions": versions | {"heliostat": heliostat.__version__},
+        "machine": dataclasses.asdict(this_machine()) | {"system": python_platform.platform()},
+        "recipe": now,
+        "changed": {path: [old, new] for path, old, new in _differences(base, now) if old != new},
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
+
+
+def _differences(base: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Every field of a recipe, as it was and as it is."""
+    for path in field_paths():
+        old, new = (functools.reduce(lambda node, part: node[part], path.split("."), tree) for tree in (base, now))
+        yield path, old, new
 
 
 def _run_dir(name: str, recipe: Recipe, options: Options) -> Path:

@@ -20,6 +20,7 @@ from heliostat.launch.tune.search import search
 from heliostat.launch.tune.space import row_settings
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Recipe, build, override, write_atomically
+from heliostat.record import say
 from heliostat.registry import champion, promote, register
 from heliostat.tracking import log_run, start_server, tracking_uri
 from pipelines.evaluate import as_trained, evaluate_split
@@ -41,6 +42,7 @@ class Stages:
     def __call__(self, name: str, do: Callable[[], dict[str, Any]], key: str = "") -> dict[str, Any]:
         """`key`: a digest of the inputs; empty: always done."""
         started = time.perf_counter()
+        say("stage_begun", stage=name)
         memo = self.folder / f"{name}-{heliostat.__version__}-{key}.json"
         done = key and not self.fresh and memo.is_file()
         result = json.loads(memo.read_text()) if done else do()
@@ -58,6 +60,8 @@ class Stages:
                 "compute_s": None if done else result.get("compute_s"),
             }
         )
+        plain = {key: value for key, value in result.items() if isinstance(value, str | int | float | bool)}
+        say("stage_ended", stage=name, seconds=round(seconds, 3), unchanged=bool(done), result=plain)
         print(f"{name}: {'unchanged, not done again' if done else f'{seconds:.0f} s'}", flush=True)
         return result
 
@@ -180,6 +184,7 @@ def do_register(
     version = register(recipe, bundle, run_id, {"promoted": str(decision["better"]).lower()})
     if decision["better"]:
         promote(recipe, version)
+        say("promoted", version=version.version, bundle=str(version.path))
     return {"version": version.version}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Refused
+from heliostat.record import say
 from heliostat.registry import champion, promote, register
 from pipelines.job import Job, main
 
@@ -40,6 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     bundle = bundles.read(path)
     version = register(job.recipe, bundle, None, {"promoted": "true"})
     promote(job.recipe, version)
+    say("promoted", version=version.version, bundle=str(version.path))
     return {"version": version.version, "bundle": str(version.path), "promoted": True}
 
 

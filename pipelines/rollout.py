@@ -10,6 +10,7 @@ from typing import Any
 from heliostat.launch.cluster import connect
 from heliostat.models import bundle as bundles
 from heliostat.recipe import Recipe, Refused
+from heliostat.record import say
 from heliostat.registry import Version, champion, promote, register, tag
 from heliostat.rollout.outcomes import Judge, compared
 from heliostat.rollout.schedule import Schedule, parse_strategy
@@ -28,6 +29,7 @@ def decide(schedule: Schedule, versions: Split, judge: Judge | None, max_s: floa
     while schedule.decision is None:
         if schedule.step != step:
             step = schedule.step
+            say("rollout_step", step=step + 1, of=len(schedule.steps), traffic=str(schedule.traffic))
             print(f"step {step + 1} of {len(schedule.steps)}: {schedule.traffic}", flush=True)
         seen = versions.exchange(schedule.traffic)
         for answers in compared(seen, judge):
@@ -65,6 +67,7 @@ def rollout(recipe: Recipe, to: bundles.Bundle, strategy: str) -> dict[str, Any]
         print(f"version {candidate.version} beside {stable.version} at {versions.endpoint}", flush=True)
         decide(schedule, versions, judge, recipe.rollout.max_s)
         evidence = schedule.evidence()
+        say("rollout_decided", decision=schedule.decision, version=candidate.version, before=stable.version)
         tags = {"decision": str(schedule.decision), "strategy": strategy, "evidence": json.dumps(evidence)}
         tag(recipe, candidate, {f"rollout.{name}": value for name, value in tags.items()})
         if schedule.decision == "promoted":

@@ -17,7 +17,8 @@ from heliostat.recipe import Recipe, override
 from heliostat.train import checkpoint
 from heliostat.train.checkpoint.find import MANIFEST
 from heliostat.train.faults import Fault
-from heliostat.train.loop import CHECKPOINT_FAULTS_FILE, train
+from heliostat.train.folder import CHECKPOINT_FAULTS_FILE
+from heliostat.train.loop import train
 from heliostat.train.notes import read_notes
 from tests.distributed.harness import run, run_until_killed
 from tests.recipes import prepared, tiny_llama

@@ -21,7 +21,7 @@ from heliostat.launch.cluster import environment
 from heliostat.launch.train import fit
 from heliostat.recipe import load
 from heliostat.train import checkpoint
-from heliostat.train.loop import LEDGER
+from heliostat.train.folder import LEDGER
 from tests.recipes import prepared
 
 GRACE_S = 12

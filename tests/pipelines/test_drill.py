@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from heliostat.train.loop import CHECKPOINT_FAULTS_FILE
+from heliostat.train.folder import CHECKPOINT_FAULTS_FILE
 from heliostat.train.notes import read_notes
 from tests.pipelines.jobs import finish, run, start
 from tests.recipes import tiny_llama

@@ -26,7 +26,8 @@ from heliostat.launch.train import fit
 from heliostat.launch.tune.search import search
 from heliostat.monitor.dashboards import DASHBOARDS, SERVING, Dashboard, Panel, render
 from heliostat.recipe import Deploy, Refused, override
-from heliostat.train.loop import STOP_FILE, train
+from heliostat.train.folder import STOP_FILE
+from heliostat.train.loop import train
 from pipelines import drift
 from pipelines.job import Job, Options
 from serve.application import deploy

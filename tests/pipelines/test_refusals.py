@@ -23,6 +23,7 @@ CASES = {
     "missing file": (["sentiment", "--data.train", "/nowhere.csv"], "data.train", "check the path"),
     "no GPU": (["sentiment", "--parallelism.use-gpu", "True"], "parallelism.use_gpu", "false"),
     "too many workers": (["sentiment", "--parallelism.workers", "1000"], "parallelism.workers", "use ≤"),
+    "record to nowhere": (["sentiment", "--record.storage", "nowhere://folder"], "record.storage", ""),
     "nothing to resume": (["sentiment", "--resume", "last"], "resume", "without --resume"),
 }
 
@@ -49,6 +50,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, di
     *answers, codes = map(json.loads, done.stdout.splitlines())
     assert "Started a local Ray instance" not in done.stderr
     assert not list(storage.rglob("bundle")), "nothing may be half-written"
+    assert not list(storage.glob("runs/*")), "a job that is refused leaves no record"
     return dict(zip(CASES, zip(codes, answers, strict=True), strict=True))
 
 

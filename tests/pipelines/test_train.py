@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,11 @@ def test_killed_worker_changes_nothing(recipe_file: Path) -> None:
     assert sum(ledger["seconds"].values()) == pytest.approx(ledger["wall_s"], rel=0.01)
     recorded = json.loads(Path(done.answer["result"]).read_text())
     assert recorded == done.answer
+    told = run("report", str(runs / "killed"))
+    assert (told.code, told.answer["run_status"]) == (0, "done"), told.stderr[-3000:]
+    page = Path(told.answer["report"]).read_text()
+    events = re.findall(r"<td>(begun|attempt|failure|restored|ended)</td>", page)
+    assert events == ["begun", "attempt", "failure", "attempt", "restored", "ended"]
 
 
 @needs.ps

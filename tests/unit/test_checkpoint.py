@@ -21,7 +21,8 @@ from heliostat.train.checkpoint import Place, Writer
 from heliostat.train.checkpoint.find import MANIFEST
 from heliostat.train.errors import DiskFull
 from heliostat.train.faults import Fault
-from heliostat.train.loop import CHECKPOINT_FAULTS_FILE, train
+from heliostat.train.folder import CHECKPOINT_FAULTS_FILE
+from heliostat.train.loop import train
 from heliostat.train.notes import read_notes
 from tests.object_stores import gs, s3
 from tests.recipes import prepared, tiny_llama

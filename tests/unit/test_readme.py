@@ -19,7 +19,7 @@ import yaml
 
 from heliostat.recipe import Recipe, field_paths, override
 from heliostat.tasks import get_task
-from pipelines import doctor, keys, monitor, schedule, simulate
+from pipelines import doctor, keys, monitor, report, schedule, simulate
 from pipelines.job import parse
 from pipelines.recipes import BUILT_IN, find_recipe
 from serve.openai.protocol import ChatRequest
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADS = ("make ", "python -m ", "ray ")
-OWN_ARGUMENTS: dict[str, Any] = {each.__name__: each for each in (keys, monitor, schedule, simulate)}
+OWN_ARGUMENTS: dict[str, Any] = {each.__name__: each for each in (keys, monitor, report, schedule, simulate)}
 """Jobs without a recipe, which read their words themselves."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from heliostat.hardware import free_port, this_machine
+from heliostat.launch.recording import recorded_workers
 from heliostat.placement import check_placement, logical_cpus
 from heliostat.recipe import Recipe, Refused, write_atomically
 
@@ -80,7 +81,8 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
     try:
         if brought := ray.is_initialized():  # by a notebook or a test: theirs to end
-            yield
+            with recorded_workers():
+                yield
             return
         if local and not keep:
             start_local_cluster(options)
@@ -93,7 +95,8 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
         if not local:
             resources = ray.cluster_resources()
             check_placement(recipe, resources.get("CPU", 0), resources.get("GPU", 0), "the cluster")
-        yield
+        with recorded_workers():
+            yield
     finally:
         if not brought and ray.is_initialized():
             ray.shutdown()

@@ -17,7 +17,7 @@ from heliostat.launch.train import fit
 from heliostat.recipe import Recipe, Refused, nearest, override
 from heliostat.train import ledger
 from heliostat.train.faults import KINDS, Fault, injected_at
-from heliostat.train.loop import BUNDLE, LEDGER
+from heliostat.train.folder import BUNDLE, LEDGER
 from heliostat.train.samples import SAMPLES_FILE
 
 STEPS = 48

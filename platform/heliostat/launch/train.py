@@ -18,11 +18,13 @@ from heliostat.launch.cluster import NODES
 from heliostat.models.flops import peak_flops, published_peak_flops
 from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
+from heliostat.record import attend, say
 from heliostat.train import ledger, samples
 from heliostat.train.errors import Unrecoverable
 from heliostat.train.faults import Fault
+from heliostat.train.folder import CHECKPOINT_FAULTS_FILE, LEDGER, OUTCOME_FILE, STOP_FILE
 from heliostat.train.guard import read_bad_steps
-from heliostat.train.loop import CHECKPOINT_FAULTS_FILE, LEDGER, OUTCOME_FILE, STOP_FILE, train
+from heliostat.train.loop import train
 from heliostat.train.notes import read_notes
 from heliostat.train.pulse import Pulse
 
@@ -40,6 +42,7 @@ def _worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     run_dir = Path(config["run_dir"])
+    attend(run_dir)
     # As many as there are now: an elastic run is not always given all it may have.
     workers = ray.train.get_context().get_world_size()
     try:
@@ -247,6 +250,7 @@ def _fit_until_done_or_stopped(trainer: Any, run_dir: Path) -> None:
         interrupts += 1
         if interrupts > 1:
             raise KeyboardInterrupt
+        say("stop_requested")
         (run_dir / STOP_FILE).touch()
 
     main = threading.current_thread() is threading.main_thread()

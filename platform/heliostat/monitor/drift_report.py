@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from heliostat.monitor.drift import EMBEDDINGS, Finding, Observed
-from heliostat.monitor.page import page, plots, table
+from heliostat.pages import BOLD, page, plots, table
 
 HEADS = ("", "drifted", "PSI", "distance", "test", "p", "p (Holm)")
 PLOTS = 12
@@ -35,8 +35,8 @@ def render(title: str, said: str, findings: Sequence[Finding], reference: Observ
             drawn.append((finding.name, partial(_numbers if sides[0].dtype.kind == "f" else _categories, *sides)))
     if reference.embeddings is not None and served.embeddings is not None:
         drawn.append((EMBEDDINGS, partial(_plane, reference.embeddings, served.embeddings)))
-    rows = [(cells(finding), finding.drifted) for finding in findings]
-    return page(title, f"<p><strong>{html.escape(said)}</strong></p>", table(HEADS, rows), plots(drawn))
+    rows = table(HEADS, map(cells, findings), (BOLD if finding.drifted else "" for finding in findings))
+    return page(title, f"<p><strong>{html.escape(said)}</strong></p>", rows, plots(drawn))
 
 
 def _figure(**layout: Any) -> Any:

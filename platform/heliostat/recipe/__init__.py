@@ -32,6 +32,7 @@ from heliostat.recipe.sections import (
     Optimizer,
     Parallelism,
     PipelineSchedule,
+    Record,
     Recovery,
     Schedule,
     Tracking,
@@ -60,6 +61,7 @@ __all__ = [
     "Parallelism",
     "PipelineSchedule",
     "Recipe",
+    "Record",
     "Recovery",
     "Refused",
     "Rollout",
@@ -112,6 +114,7 @@ class Recipe(Section):
     drift: Drift = Drift()
     energy: Energy = Energy()
     tracking: Tracking = Tracking()
+    record: Record = Record()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -186,6 +189,12 @@ class Recipe(Section):
                 "mount it, or use a folder that every node sees",
             )
         return Path(self.storage.removeprefix("file://")).expanduser().absolute()
+
+    @property
+    def record_storage(self) -> str:
+        """Where records are shipped to; empty: nowhere."""
+        checkpoints = self.checkpoint.storage
+        return self.record.storage or (checkpoints if "://" in checkpoints else "")
 
     def digest(self, *sections: str) -> str:
         """A short hash of the named sections (or of all): equal exactly when they are equal."""

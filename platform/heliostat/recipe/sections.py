@@ -272,6 +272,20 @@ class Energy(Section):
     """Of one GPU that a run holds."""
 
 
+class Record(Section):
+    storage: str = ""
+    """Where a job's record is shipped to as it grows, besides its run's own folder: another folder, or an object
+    store's address, below which each run has a folder of its name. Empty: where `checkpoint.storage` says, if that is
+    an object store."""
+    max_bytes: Count = 256 << 20
+    """Of the logs of a job: then the oldest go, and the record says so. 0: nothing is recorded."""
+
+    @model_validator(mode="after")
+    def _address(self) -> Record:
+        no_password("record.storage", self.storage, "the credentials of the environment")
+        return self
+
+
 class Tracking(Section):
     uri: str = ""
     """An MLflow server's address. Empty: a SQLite file in the storage folder. Its password comes from

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from heliostat.recipe import Recovery
+from heliostat.record import say
 from heliostat.tasks import Batch
 from heliostat.train.errors import BadStep, Unrecoverable
 from heliostat.train.faults import Injector
@@ -110,6 +111,7 @@ class Guard:
         self.bad_steps += 1
         if self.first:
             note(self.file, {"step": number, "reason": reason, "cause": cause, "action": action})
+            say("bad_step", step=number, reason=reason, cause=cause, action=action)
 
 
 def read_bad_steps(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from heliostat.recipe import Checkpoint
+from heliostat.record import say
 from heliostat.train import ledger
 
 FIRST_S = 60.0
@@ -58,6 +59,8 @@ class Interval:
         deadline = self.notice()
         if deadline is None:
             return False
+        if not self._noticed:
+            say("notice", reason="this machine will be taken away", deadline=deadline)
         last_call = self.clock() >= deadline - 2 * self.takes_s - MARGIN_S
         wanted = not self._noticed or (last_call and not self._last_call)
         self._noticed, self._last_call = True, self._last_call or last_call

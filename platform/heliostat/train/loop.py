@@ -28,11 +28,13 @@ from heliostat.parallel.context import check_task
 from heliostat.parallel.mesh import Layout, make_layout
 from heliostat.parallel.parallelize import full_state, parallelize
 from heliostat.recipe import Recipe, Refused, write_atomically
+from heliostat.record import say
 from heliostat.tasks import Batch, Task
 from heliostat.train import checkpoint
 from heliostat.train.batches import Batches, validation_loader
 from heliostat.train.checkpoint import Place
 from heliostat.train.faults import Fault, Injector
+from heliostat.train.folder import BUNDLE, CHECKPOINT_FAULTS_FILE, LEDGER, OUTCOME_FILE, STACKS, STOP_FILE
 from heliostat.train.guard import Guard
 from heliostat.train.interval import Interval
 from heliostat.train.ledger import Ledger
@@ -45,14 +47,6 @@ from heliostat.train.step import StepResult, TrainStep, Wishes
 from heliostat.train.watchdog import Watchdog
 
 logger = logging.getLogger("heliostat")
-
-STOP_FILE = "stop"
-OUTCOME_FILE = "outcome.json"
-BUNDLE = "bundle"
-LEDGER = "ledger"
-STACKS = "stacks"
-CHECKPOINT_FAULTS_FILE = "checkpoint_faults.jsonl"
-"""Checkpoints that were not to be had: step, what (rejected or missed), reason."""
 
 
 @dataclass
@@ -178,12 +172,15 @@ class Run:
                 saved["step"], cursor, saved["best"], saved["best_step"], saved["evaluations_without_gain"]
             )
             self.guard.losses = saved.get("recent_losses", [])
+            if self.first:
+                say("restored", step=saved["step"], folder=str(found.place))
         self.ledger.enter(outer)
 
     def _note_checkpoint(self, what: str, step: int, reason: str) -> None:
         if self.first:
             logger.warning("the checkpoint of step %d was %s: %s", step, what, reason)
             note(self.run_dir / CHECKPOINT_FAULTS_FILE, {"step": step, "what": what, "reason": reason})
+            say(f"checkpoint_{what}", step=step, reason=reason)
 
     # -- the loop
 

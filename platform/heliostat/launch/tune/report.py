@@ -15,7 +15,7 @@ from heliostat.energy import ESTIMATED, JOULES_PER_KWH
 from heliostat.launch.tune.runner import DONE
 from heliostat.launch.tune.study import Study
 from heliostat.launch.tune.watch import columns
-from heliostat.monitor.page import page, plots, table
+from heliostat.pages import BOLD, page, plots, table
 from heliostat.recipe import write_atomically
 
 REPORT_FILE = "report.html"
@@ -80,6 +80,6 @@ def _curves(study: Study) -> Any:
 
 def _table(trials: list[dict[str, Any]]) -> str:
     heads, rows = columns(trials[:ROWS])
-    best = [trial["pareto"] and trial["state"] == DONE for trial in trials]
+    best = (BOLD if trial["pareto"] and trial["state"] == DONE else "" for trial in trials)
     more = f"<p>… and {len(trials) - ROWS} more.</p>" if len(trials) > ROWS else ""
-    return table(heads, list(zip(rows, best, strict=False))) + more
+    return table(heads, rows, best) + more

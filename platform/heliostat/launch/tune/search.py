@@ -26,6 +26,7 @@ from heliostat.launch.tune.study import Study
 from heliostat.launch.tune.trial import Training
 from heliostat.launch.tune.watch import Watch
 from heliostat.recipe import Recipe, override
+from heliostat.record import say
 from heliostat.tasks import get_task
 
 
@@ -60,6 +61,7 @@ def search(
         def ended(row: dict[str, Any]) -> None:
             watch.ended(row)
             gauges.ended(row)
+            say("trial", number=row["number"], state=row["state"], value=row[metric], reason=row["error"])
 
         driver = Driver(study, training, recipe.tune.max_concurrent, ended, watch.reported, gauges.tell)
         ended_by = driver.run()

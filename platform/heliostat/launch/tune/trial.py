@@ -23,7 +23,8 @@ from heliostat.parallel.mesh import this_device
 from heliostat.predictor import Predictor
 from heliostat.recipe import Recipe, build, write_atomically
 from heliostat.train.checkpoint.find import folder_name
-from heliostat.train.loop import OUTCOME_FILE, train
+from heliostat.train.folder import OUTCOME_FILE
+from heliostat.train.loop import train
 
 
 @dataclass

@@ -3,8 +3,8 @@
 FOLDER/step-00000120/*.distcp  .metadata  manifest.json
 """
 
+from heliostat.place import Place
 from heliostat.train.checkpoint.find import Found, Rejected, choose, complete, folder_of, newest
-from heliostat.train.checkpoint.place import Place
 from heliostat.train.checkpoint.state import load
 from heliostat.train.checkpoint.write import Writer, save
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from heliostat.place import Place
 from heliostat.recipe import Recipe, Refused
-from heliostat.train.checkpoint.place import Place
 
 VERSION = 2
 """Of the manifest. 1 had the sizes of files and no digests."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from heliostat.train.checkpoint.find import Found
-from heliostat.train.checkpoint.place import Streams
+from heliostat.train.checkpoint.streams import Streams
 from heliostat.train.optim import MovingAverage
 
 

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from heliostat.place import Place
+from heliostat.record import say
 from heliostat.train.checkpoint.find import MANIFEST, PREFIX, VERSION, complete, folder_name
-from heliostat.train.checkpoint.place import Place, Streams
 from heliostat.train.checkpoint.stage import Stage
 from heliostat.train.checkpoint.state import alone_is_fine, capture
+from heliostat.train.checkpoint.streams import Streams
 from heliostat.train.errors import DiskFull
 from heliostat.train.optim import MovingAverage
 
@@ -104,6 +106,8 @@ class Writer:
                 self._together(lambda: self._tidy(1))
                 self._publish(step, trainer, state)
             self.completed = time.time()
+            if self.first:
+                say("checkpoint", step=step, folder=str(self.folder), seconds=round(time.perf_counter() - begun, 3))
             self._together(lambda: self._tidy(self.keep))
         except DiskFull as error:
             self._error = error

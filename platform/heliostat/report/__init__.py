@@ -1,0 +1,1 @@
+"""The story of a job, told from what its run's folder holds, as one HTML page."""
