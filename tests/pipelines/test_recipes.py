@@ -111,8 +111,13 @@ def test_cifar10(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["breast_cancer", "credit"])
 def test_tables(name: str, tmp_path: Path) -> None:
-    losses, answer = train_and_ask(few_steps(name, tmp_path), tmp_path)
-    check_classes(losses, answer, 2)
+    first, answer = [], {}
+    for seed in range(3):  # some draws prefer a class: it is on average that a head knows nothing
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        losses, answer = train_and_ask(few_steps(name, folder, seed=seed), folder)
+        first.append(losses[0])
+    check_classes([sum(first) / len(first)], answer, 2)
 
 
 def test_tiny_lm(tmp_path: Path) -> None:
