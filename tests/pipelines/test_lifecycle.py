@@ -62,6 +62,7 @@ def weak_champion(recipe_file: Path) -> Path:
     return recipe_file
 
 
+@pytest.mark.timeout(1200)
 def test_lifecycle(weak_champion: Path, tmp_path: Path) -> None:
     recipe_file = weak_champion
     first = ok(run("lifecycle", str(recipe_file))).answer
