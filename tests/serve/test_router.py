@@ -77,6 +77,15 @@ def streamed(recipe: Recipe, **headers: str) -> tuple[str, set[str | None]]:
     return "".join(chunk.choices[0].text for chunk in chunks), {chunk.system_fingerprint for chunk in chunks}
 
 
+def exchanged(versions: Split, traffic: Traffic) -> list[Seen]:
+    """What the routers saw, once they have seen something: an answer has reached its client before its stream is over."""
+    limit = time.monotonic() + 30
+    while not (seen := versions.exchange(traffic)):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    return seen
+
+
 def test_a_whole_rollout_under_streams(ray_cluster: None, tmp_path: Path) -> None:
     """Each answer is one version's from its first token to its last, and nobody loses one."""
     from ray import serve
@@ -124,21 +133,17 @@ def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None
     versions.exchange(Traffic(0.0))
     old, fingerprints = streamed(versions.recipe)
     assert fingerprints == {bundles.read(versions.stable.bundle).digest[:12]}
-    (seen,) = versions.exchange(Traffic(1.0))
+    (seen,) = exchanged(versions, Traffic(1.0))
     new, fingerprints = streamed(versions.recipe)
     assert fingerprints == {bundles.read(versions.candidate.bundle).digest[:12]}
     assert old != new
-    (other,) = versions.exchange(Traffic(0.0, copied=True))
+    (other,) = exchanged(versions, Traffic(0.0, copied=True))
     assert (seen.share, other.share) == (0.0, 1.0)
     assert seen.stable is not None
     assert other.candidate is not None
     assert 0 < seen.stable.latency_s < 30
     assert streamed(versions.recipe) == (old, {bundles.read(versions.stable.bundle).digest[:12]})
-    pairs: list[Seen] = []
-    limit = time.monotonic() + 30
-    while not pairs and time.monotonic() < limit:
-        pairs += versions.exchange(Traffic(0.0))
-        time.sleep(0.1)
+    pairs = exchanged(versions, Traffic(0.0))
     assert pairs[0].stable is not None
     assert pairs[0].candidate is not None
     assert not pairs[0].stable.failed
