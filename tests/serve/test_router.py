@@ -78,7 +78,7 @@ def streamed(recipe: Recipe, **headers: str) -> tuple[str, set[str | None]]:
 
 
 def exchanged(versions: Split, traffic: Traffic) -> list[Seen]:
-    """What the routers saw, once they have seen something: an answer has reached its client before its stream is over."""
+    """What the routers saw, once they have: an answer has reached its client before its stream is over."""
     limit = time.monotonic() + 30
     while not (seen := versions.exchange(traffic)):
         assert time.monotonic() < limit
