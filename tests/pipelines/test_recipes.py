@@ -55,11 +55,16 @@ def train_and_ask(recipe: Recipe, folder: Path) -> tuple[list[float], dict[str, 
     return losses, predictor.predict([predictor.task.example()])[0]
 
 
-def some_rows(source: str, rows: int, file: Path) -> str:
-    """Rows from all over a source, as a source of their own: validation takes a share of all that there are."""
-    whole = pa.concat_tables([part.read() for part in open_source(source)])
-    pq.write_table(whole.take(np.linspace(0, whole.num_rows - 1, rows, dtype=np.int64)), file)
-    return str(file)
+def few_rows(name: str, rows: int, folder: Path) -> dict[str, str]:
+    """Rows from all over the recipe's sources, as sources of their own: validation and test take all that there are."""
+    data, found = find_recipe(name).data, {}
+    for split in ("train", "test"):
+        if source := getattr(data, split):
+            whole = pa.concat_tables([part.read() for part in open_source(source)])
+            file = folder / f"{split}.parquet"
+            pq.write_table(whole.take(np.linspace(0, whole.num_rows - 1, rows, dtype=np.int64)), file)
+            found[f"data.{split}"] = str(file)
+    return found
 
 
 def check_classes(losses: list[float], answer: dict[str, Any], classes: int) -> None:
@@ -84,8 +89,7 @@ def colour_images(file: Path, rows: int) -> str:
 
 
 def test_topics(tmp_path: Path) -> None:
-    posts = some_rows(find_recipe("topics").data.train, 300, tmp_path / "posts.parquet")
-    losses, answer = train_and_ask(few_steps("topics", tmp_path, **{"data.train": posts}), tmp_path)
+    losses, answer = train_and_ask(few_steps("topics", tmp_path, **few_rows("topics", 300, tmp_path)), tmp_path)
     check_classes(losses, answer, 20)
 
 
@@ -96,8 +100,7 @@ def test_digits(tmp_path: Path) -> None:
 
 @needs.fashion
 def test_fashion(tmp_path: Path) -> None:
-    images = some_rows(find_recipe("fashion").data.train, 300, tmp_path / "images.parquet")
-    losses, answer = train_and_ask(few_steps("fashion", tmp_path, **{"data.train": images}), tmp_path)
+    losses, answer = train_and_ask(few_steps("fashion", tmp_path, **few_rows("fashion", 300, tmp_path)), tmp_path)
     check_classes(losses, answer, 10)
 
 
@@ -121,9 +124,7 @@ def test_tables(name: str, tmp_path: Path) -> None:
 
 
 def test_tiny_lm(tmp_path: Path) -> None:
-    texts = some_rows(find_recipe("tiny_lm").data.train, 300, tmp_path / "texts.parquet")
-    recipe = few_steps("tiny_lm", tmp_path, **{"data.train": texts})
-    losses, answer = train_and_ask(recipe, tmp_path)
+    losses, answer = train_and_ask(few_steps("tiny_lm", tmp_path, **few_rows("tiny_lm", 300, tmp_path)), tmp_path)
     assert losses[0] == pytest.approx(math.log(4096), rel=0.05), "an untrained model knows nothing"
     assert losses[-1] < losses[0]
     assert answer["tokens"] > 0
@@ -132,8 +133,7 @@ def test_tiny_lm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm(tmp_path: Path) -> None:
-    functions = some_rows(find_recipe("smollm").data.train, 80, tmp_path / "functions.parquet")
-    losses, answer = train_and_ask(few_steps("smollm", tmp_path, **{"data.train": functions}), tmp_path)
+    losses, answer = train_and_ask(few_steps("smollm", tmp_path, **few_rows("smollm", 80, tmp_path)), tmp_path)
     assert max(losses) < 0.5 * math.log(49152), "a pre-trained model knows Python"
     assert answer["tokens"] > 0
     assert math.isfinite(answer["perplexity"])
