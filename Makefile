@@ -1,20 +1,21 @@
-# run: the main job · test · test-all · lint · bench · monitor · dashboards · lock · stop · clean
+# run: the main job · test · test-slow · lint · bench · monitor · dashboards · lock · stop · clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_AUTH_MODE := token
 
-.PHONY: run test test-all apt lint bench monitor dashboards lock stop clean
+.PHONY: run test test-slow apt lint bench monitor dashboards lock stop clean
 
 run: $(VENV)/ready
 	$(BIN)/python -m pipelines.lifecycle sentiment $(ARGS)
 
+# Two at a time, file by file; the many short files of tests/unit come last, so that both end together.
 test: $(VENV)/ready apt
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-all: $(VENV)/ready apt
-	$(BIN)/python -m pytest $(if $(SLOW_S),--slow-s $(SLOW_S)) tests
+test-slow: $(VENV)/ready apt
+	$(BIN)/python -m pytest -m slow $(if $(SLOW_S),--slow-s=$(SLOW_S)) tests
 
 # System packages that tests need. Where root on Debian or Ubuntu does not run this, those tests skip and say why.
 apt:

@@ -28,15 +28,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests come last. Where time may run out on them, the commit decides which is the first, so that it is not
-    always the same ones that are left."""
+    """Where time may run out on slow tests, they come last, and the commit decides which is the first of them, so that
+    it is not always the same ones that are left."""
     config.stash[NOT_BEGUN] = []
+    if config.getoption("slow_s") is None:
+        return
     slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow and config.getoption("slow_s") is not None:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, check=True).stdout
-        first = int(commit, 16) % len(slow)
-        slow = slow[first:] + slow[:first]
-    items[:] = [item for item in items if not item.get_closest_marker("slow")] + slow
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+    first = int(commit, 16) % max(1, len(slow))
+    items[:] = [item for item in items if item not in slow] + slow[first:] + slow[:first]
 
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:

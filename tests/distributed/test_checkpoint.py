@@ -49,7 +49,7 @@ def resume(recipe: Recipe, data: Path, run_dir: Path) -> int:
     return Run(recipe, read_prepared(data), run_dir).progress.step
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.15, 0.6])
+@pytest.mark.parametrize("delay_s", [0.15, *(pytest.param(delay_s, marks=pytest.mark.slow) for delay_s in (0.0, 0.6))])
 def test_a_kill_falls_back_to_the_last_manifest_and_no_further(delay_s: float, tmp_path: Path) -> None:
     steps = {"schedule.max_steps": 4000, "checkpoint.every_steps": 3, "checkpoint.keep": 3}
     recipe = tiny_llama(tmp_path, **(LAYOUT | steps))
@@ -147,7 +147,9 @@ def train_noticed(recipe: Recipe, data: Path, run_dir: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "tensor", "context", "pipeline"])
+@pytest.mark.parametrize(
+    "axis", ["fsdp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("tensor", "context", "pipeline"))]
+)
 def test_what_one_rank_hears_all_ranks_do(axis: str, whole: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
     recipe, data, _undisturbed = whole
     axes = {"parallelism.fsdp": 1, f"parallelism.{axis}": 2, "checkpoint.every_steps": 0}

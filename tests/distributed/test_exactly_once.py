@@ -90,7 +90,9 @@ def test_killed_and_resumed_equals_one_worker(seed: int, tmp_path: Path) -> None
     assert losses_ == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
+@pytest.mark.parametrize(
+    "axis", ["tensor", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("pipeline", "context"))]
+)
 def test_of_peers_with_the_same_rows_one_logs(axis: str, tmp_path: Path) -> None:
     recipe = tiny_llama(tmp_path, **{"data.log_samples": True, "schedule.max_steps": 5})
     data = prepared(recipe).folder

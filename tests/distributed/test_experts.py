@@ -11,6 +11,7 @@ from heliostat.train.prove import parse_layouts, proof_recipe, prove
 from tests.distributed.test_prove import family
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_and_send_each_token_to_its_experts(tmp_path: Path) -> None:
     recipe = family("mixtral", tmp_path)
     config = transformers_config(proof_recipe(recipe, tmp_path).model)

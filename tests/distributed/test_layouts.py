@@ -61,7 +61,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, P
     return recipe, data, folder / "one"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(
+            layout,
+            marks=pytest.mark.slow if layout in ("fsdp4-kept-after-forward", "pipeline2-gpipe-replicate2") else [],
+        )
+        for layout in LAYOUTS
+    ],
+)
 def test_layout_equals_one_process(reference: tuple[Recipe, Path, Path], layout: str, tmp_path: Path) -> None:
     recipe, data, one = reference
     run(4, train_here, override(recipe, LAYOUTS[layout]), data, tmp_path / "run")
@@ -83,7 +92,7 @@ def test_layout_equals_one_process(reference: tuple[Recipe, Path, Path], layout:
         assert weights_[name].numpy() == pytest.approx(weights[name].numpy(), abs=2e-4), name
 
 
-@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("reshard", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_averaged_weights_are_evaluated_and_not_trained_on(
     reference: tuple[Recipe, Path, Path], reshard: bool, tmp_path: Path
 ) -> None:

@@ -121,9 +121,10 @@ def test_bitwise_what_transformers_loads(family: str, layout: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("llama", "fsdp=2,tensor=2"), ("bert", "fsdp=2"), *(
+    [("bert", "fsdp=2"), *(
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("llama", "pipeline=2,fsdp=2"), ("mixtral", "expert=2"), ("bert", "tensor=2"))
+        for case in (("llama", "fsdp=2,tensor=2"), ("llama", "pipeline=2,fsdp=2"), ("mixtral", "expert=2"),
+                     ("bert", "tensor=2"))
     )],
 )  # fmt: skip
 def test_adapters_are_drawn_alike_around_what_is_loaded(family: str, layout: str, tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def peak_growth(recipe: Recipe, defer: bool) -> tuple[int, int]:
     return max(seen), anonymous() - before
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_whole(tmp_path: Path) -> None:
     """A model of 400 MB, in bfloat16 files as most are, over four ranks: each grows by about a quarter of it, also with
     adapters, where it is drawn at random, and where it is tried on documents first. Loaded first and laid out then, by

@@ -73,7 +73,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, P
     return recipe, data, folder / "one"
 
 
-@pytest.mark.parametrize("layout", ["replicate", "fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("replicate", "tensor"))]
+)
 def test_a_new_head_is_trained_on_any_layout(reference: tuple[Recipe, Path, Path], layout: str, tmp_path: Path) -> None:
     recipe, data, one = reference
     axis = {} if layout == "replicate" else {f"parallelism.{layout}": 2}

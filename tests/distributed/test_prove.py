@@ -95,6 +95,7 @@ def test_offloading_beside_other_axes(tmp_path: Path) -> None:
         assert verdict.status == "equal", verdict
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_closed_form(tmp_path: Path) -> None:
     """DDP hands every gradient to one all-reduce; a pipeline sends each micro-batch's hidden states forwards and their
     gradients back."""
@@ -119,6 +120,7 @@ def test_a_difference_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < verdict.loss_difference < 1e-6
 
 
+@pytest.mark.slow
 def test_routing_that_differs_is_said(tmp_path: Path) -> None:
     """Of each token of the last step every layer's choices are counted once, and other weights choose otherwise."""
     recipe = proof_recipe(family("mixtral", tmp_path), tmp_path / "storage")

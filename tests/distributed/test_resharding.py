@@ -43,7 +43,7 @@ LAYOUTS = {
     ),
 }
 CASES = [
-    pytest.param(family, layout, marks=[] if layout in ("fsdp=2,tensor=2", "expert=2,fsdp=2") else pytest.mark.slow)
+    pytest.param(family, layout, marks=[] if layout == "fsdp=2,tensor=2" else pytest.mark.slow)
     for family, layouts in LAYOUTS.items()
     for layout in layouts
 ]

@@ -156,6 +156,7 @@ def test_balance_is_learned_where_asked_for(
     assert [norm for _, norm, _ in figures(tmp_path / "off")] != [norm for _, norm, _ in figures(one)]
 
 
+@pytest.mark.slow
 def test_the_proof_keeps_the_loss(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model("mixtral", output_router_logits=True, router_aux_loss_coef=COEFFICIENT)
     config.save_pretrained(tmp_path / "mixtral")

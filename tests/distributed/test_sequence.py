@@ -84,6 +84,7 @@ def test_recompute(kind: str, tmp_path: Path) -> None:
     assert_equal(prove(family("llama", tmp_path), parse_layouts(f"{BOTH},recompute={kind}", 2), 2))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_peers_cannot_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head then stays whole."""
     monkeypatch.setattr("heliostat.train.prove.VOCABULARY", 257)

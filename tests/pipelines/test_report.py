@@ -79,6 +79,7 @@ def check(answer: dict[str, Any], killed: float, session: Path) -> None:
         assert told[-1] > killed - 1.0
 
 
+@pytest.mark.slow
 def test_head_and_driver_are_killed_and_the_story_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {
         "schedule.max_steps": 100_000,

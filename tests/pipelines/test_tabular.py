@@ -39,6 +39,7 @@ def job(name: str, file: Path, *words: str) -> Job:
     return Job(name, recipe, options, recipe.storage_path / "runs" / f"{recipe.name}-{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_auto_tries_boosting_on_the_rows_of_its_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"tune.limit": 100, "tune.num_trials": 2, "tune.max_concurrent": 1, "tune.scheduler": "none"}

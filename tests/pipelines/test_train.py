@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.pipelines.jobs import ROOT, finish, run, start
+from tests.pipelines.jobs import ROOT, Done, finish, run, start
 from tests.recipes import tiny_bert
 
 # Long enough to be met while they run.
 LONG = {
-    "schedule.max_steps": 600,
+    "schedule.max_steps": 300,
     "checkpoint.every_steps": 20,
     "parallelism.workers": 2,
     "training.keep_best": False,
-    "training.evaluate_every_steps": 300,
+    "training.evaluate_every_steps": 150,
 }
 
 
@@ -66,11 +66,16 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.json"
 
 
+@pytest.fixture(scope="module")
+def undisturbed(recipe_file: Path) -> Done:
+    done = run("train", "--recipe", str(recipe_file), "--run-name", "undisturbed")
+    assert done.code == 0, done.stderr[-3000:]
+    return done
+
+
 @needs.ps
-def test_killed_worker_changes_nothing(recipe_file: Path) -> None:
+def test_killed_worker_changes_nothing(recipe_file: Path, undisturbed: Done) -> None:
     """kill -9 in mid-run: the run ends by itself with bitwise the weights of one that nobody disturbed."""
-    undisturbed = run("train", "--recipe", str(recipe_file), "--run-name", "undisturbed")
-    assert undisturbed.code == 0, undisturbed.stderr[-3000:]
     runs = recipe_file.parent / "storage" / "runs"
     process = start("train", "--recipe", str(recipe_file), "--run-name", "killed")
     wait_for(lambda: last_step(runs / "killed") > 60)
@@ -96,6 +101,7 @@ def test_killed_worker_changes_nothing(recipe_file: Path) -> None:
 
 @needs.ps
 @pytest.mark.slow
+@pytest.mark.usefixtures("undisturbed")
 def test_interrupt_writes_a_checkpoint_and_resumes(recipe_file: Path) -> None:
     runs = recipe_file.parent / "storage" / "runs"
     process = start("train", "--recipe", str(recipe_file), "--run-name", "interrupted")
@@ -109,7 +115,7 @@ def test_interrupt_writes_a_checkpoint_and_resumes(recipe_file: Path) -> None:
     assert not train_workers(process.pid)
     resumed = run("train", "--recipe", str(recipe_file), "--resume", str(runs / "interrupted"))
     assert resumed.code == 0, resumed.stderr[-3000:]
-    assert len(resumed.answer["losses"]) == 600
+    assert len(resumed.answer["losses"]) == LONG["schedule.max_steps"]
     assert weights(runs / "interrupted") == weights(runs / "undisturbed")
 
 

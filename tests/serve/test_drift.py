@@ -24,7 +24,7 @@ from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
 from heliostat.monitor.served import folder_of, read
 from heliostat.recipe import Recipe, Refused, override
-from heliostat.registry import champion, promote, register
+from heliostat.registry import Version, champion, promote, register
 from heliostat.train.loop import train
 from pipelines import drift
 from pipelines.job import Job, parse
@@ -65,15 +65,25 @@ class Clinic:
         run_dir = self.recipe.storage_path / "runs" / f"{self.recipe.name}-drift"
         return Job("drift", *parse(["--recipe", str(file), *words]), run_dir)
 
+    def rows(self) -> int:
+        """That its champion was asked and are on the disk."""
+        return read(folder_of(bundles.read(self.champion().path), self.recipe.deploy), 0.0, 1).total
+
     def kept(self, rows: int) -> None:
-        """Wait until so many rows are on the disk."""
-        version = champion(self.recipe)
-        assert version is not None
-        folder = folder_of(bundles.read(version.path), self.recipe.deploy)
+        """Wait until so many are."""
         deadline = time.monotonic() + 60
-        while (total := read(folder, 0.0, 1).total) < rows and time.monotonic() < deadline:
+        while (total := self.rows()) < rows and time.monotonic() < deadline:
             time.sleep(0.2)
         assert total == rows
+
+    def champion(self) -> Version:
+        version = champion(self.recipe)
+        assert version is not None
+        return version
+
+    def write_often(self) -> None:
+        often = self.recipe.deploy.model_copy(update={"sample_every_s": 0.5})
+        deploy(self.champion().path, "1", often, self.recipe.name)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +122,7 @@ def test_requests_as_ever_are_no_drift(clinic: Clinic) -> None:
     """They are written once the replica is asked to stop, which other settings make it do."""
     assert drift.look(clinic.job())["drift"] is None
     clinic.ask(1.0)
-    version = champion(clinic.recipe)
-    assert version is not None
-    often = clinic.recipe.deploy.model_copy(update={"sample_every_s": 0.5})
-    deploy(version.path, "1", often, clinic.recipe.name)
+    clinic.write_often()
     clinic.kept(len(clinic.inputs))
     found = drift.run(clinic.job())
     assert found["drift"] is False, found["said"]
@@ -155,10 +162,11 @@ def test_it_looks_again_until_it_is_told_to_end(clinic: Clinic) -> None:
 
 @pytest.mark.slow
 def test_another_unit_is_drift_and_a_new_model_learns_it(clinic: Clinic) -> None:
-    before = champion(clinic.recipe)
-    assert before is not None
+    before = clinic.champion()
+    clinic.write_often()
+    rows = clinic.rows()
     clinic.ask(UNIT)
-    clinic.kept(2 * len(clinic.inputs))
+    clinic.kept(rows + len(clinic.inputs))
     found = drift.run(clinic.job("--on-drift", "retrain"))
     drifted = [each["name"] for each in found["findings"] if each["drifted"]]
     assert found["drift"] is True
@@ -174,8 +182,7 @@ def test_another_unit_is_drift_and_a_new_model_learns_it(clinic: Clinic) -> None
     again = found["retrain"]
     assert again["promoted"] is True, again["gate"]
     assert again["gate"]["against"] == f"champion version {before.version}"
-    now = champion(clinic.recipe)
-    assert now is not None
+    now = clinic.champion()
     assert now.version == again["champion"] == before.version + 1
     digest = bundles.read(now.path).digest
     assert clinic.ask(UNIT) == {digest[:12]}, "the endpoint has it"

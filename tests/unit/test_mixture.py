@@ -190,6 +190,7 @@ def test_on_the_command_line() -> None:
     assert {name: source.model_dump() for name, source in recipe.data.mixture.items()} == mixture
 
 
+@pytest.mark.slow
 def test_the_page_s_example_trains(tmp_path: Path) -> None:
     (source,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
