@@ -1,18 +1,16 @@
 """What the training loop costs over a bare PyTorch loop, and beside Hugging Face's Trainer: CPU seconds a step at one
-thread, on the same model and batches, in interleaved blocks (A B C A B C …). Prints medians and paired ratios.
+thread, on the same model and batches, step by step in turn. Prints medians, and quartiles of ratios paired by step.
 
-    python -m bench.train_overhead [--pairs 5] [--steps 20]
+    python -m bench.train_overhead [--steps 60]
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
-import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from unittest import mock
 import torch
 import transformers
 
+from bench.turns import compared, cpu_ms, in_turn
 from heliostat.data.loader import Coordinate, Cursor, Loader, open_split
 from heliostat.data.prepare import Prepared, prepare
 from heliostat.models.load import build_model
@@ -70,26 +69,28 @@ def recipe_for(size: str, storage: Path, steps: int) -> Recipe:
     )
 
 
-def per_step(stamps: list[float]) -> float:
-    """Median CPU seconds between step starts, the first three left out as warm-up."""
-    return statistics.median(b - a for a, b in itertools.pairwise(stamps[3:]))
-
-
-def ours(recipe: Recipe, data: Prepared, run_dir: Path, **options: Any) -> float:
-    stamps: list[float] = []
-
+def ours(begin: Callable[[], None], recipe: Recipe, data: Prepared, run_dir: Path, **options: Any) -> None:
     def at_each_step() -> bool:
-        stamps.append(time.process_time())
+        begin()
         return False
 
     train(recipe, data.folder, run_dir, should_stop=at_each_step, write_bundle=False, **options)
-    return per_step(stamps)
 
 
-def unrecorded(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
+_here = threading.local()
+_record = Run._record
+
+
+def _record_elsewhere(self: Run, *args: Any) -> None:
+    if not getattr(_here, "unrecorded", False):
+        _record(self, *args)
+
+
+def unrecorded(begin: Callable[[], None], recipe: Recipe, data: Prepared, run_dir: Path) -> None:
     """Ours, but no step's figures are read or written."""
-    with mock.patch.object(Run, "_record", return_value=None):
-        return ours(recipe, data, run_dir)
+    _here.unrecorded = True
+    with mock.patch.object(Run, "_record", _record_elsewhere):
+        ours(begin, recipe, data, run_dir)
 
 
 def batches(recipe: Recipe, data: Prepared) -> list[dict[str, torch.Tensor]]:
@@ -104,7 +105,7 @@ def batches(recipe: Recipe, data: Prepared) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def bare(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
+def bare(begin: Callable[[], None], recipe: Recipe, data: Prepared) -> None:
     """The least that trains: forward, loss, backward, clip, AdamW, schedule."""
     held = batches(recipe, data)
     model = build_model(data.task(recipe)).train()
@@ -117,9 +118,8 @@ def bare(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(recipe.schedule, step, len(held)))
-    stamps = []
     for batch in held:
-        stamps.append(time.process_time())
+        begin()
         logits = model(input_ids=batch["input_ids"]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
         loss.backward()
@@ -127,22 +127,20 @@ def bare(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return per_step(stamps)
 
 
-class Stamps(transformers.TrainerCallback):
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
+class Begins(transformers.TrainerCallback):
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.stamps.append(time.process_time())
+        self.begin()
 
 
-def trainer(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
+def trainer(begin: Callable[[], None], recipe: Recipe, data: Prepared, run_dir: Path) -> None:
     """Hugging Face's Trainer on the same rows (it shifts the labels itself)."""
     held = [row for batch in batches(recipe, data) for row in batch["input_ids"]]
     rows = [{"input_ids": row, "labels": row} for row in held]
-    stamps = Stamps()
     arguments = transformers.TrainingArguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=recipe.training.micro_batch_size,
@@ -163,45 +161,32 @@ def trainer(recipe: Recipe, data: Prepared, run_dir: Path) -> float:
         model=build_model(data.task(recipe)),
         args=arguments,
         train_dataset=rows,
-        callbacks=[stamps],
+        callbacks=[Begins(begin)],
         data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in items[0]},
     )
     run.remove_callback(transformers.PrinterCallback)
     run.train()
-    return per_step(stamps.stamps)
 
 
-def measure(size: str, pairs: int, steps: int, folder: Path) -> dict[str, Any]:
+def measure(size: str, steps: int, folder: Path) -> dict[str, Any]:
     recipe = recipe_for(size, folder / "storage", steps)
     data, _ = prepare(recipe)
-    ways: dict[str, Callable[[Recipe, Prepared, Path], float]] = {
-        "heliostat": ours,
-        "bare": bare,
-        "trainer": trainer,
-        "unrecorded": unrecorded,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for pair in range(pairs):
-        for name, way in ways.items():
-            seconds[name].append(way(recipe, data, folder / f"{size}-{name}-{pair}"))
-    ratios = {
-        other: [a / b for a, b in zip(seconds["heliostat"], seconds[other], strict=True)]
-        for other in ("bare", "trainer", "unrecorded")
-    }
+    seconds = in_turn(
+        {
+            "heliostat": lambda begin: ours(begin, recipe, data, folder / f"{size}-ours"),
+            "bare": lambda begin: bare(begin, recipe, data),
+            "trainer": lambda begin: trainer(begin, recipe, data, folder / f"{size}-trainer"),
+            "unrecorded": lambda begin: unrecorded(begin, recipe, data, folder / f"{size}-unrecorded"),
+        }
+    )
     return {
         "model": size,
-        "pairs": pairs,
-        "steps": steps,
-        "cpu_ms_per_step": {name: round(1000 * statistics.median(values), 3) for name, values in seconds.items()},
-        "over_bare": spread(ratios["bare"]),
-        "over_trainer": spread(ratios["trainer"]),
-        "recording_over_none": spread(ratios["unrecorded"]),
-        "added_ms_over_bare": round(
-            1000 * (statistics.median(seconds["heliostat"]) - statistics.median(seconds["bare"])), 3
-        ),
-        "trainer_adds_ms_over_bare": round(
-            1000 * (statistics.median(seconds["trainer"]) - statistics.median(seconds["bare"])), 3
-        ),
+        "steps": len(seconds["bare"]),
+        "cpu_ms_per_step": cpu_ms(seconds),
+        "over_bare": compared(seconds, "heliostat", "bare"),
+        "over_trainer": compared(seconds, "heliostat", "trainer"),
+        "recording_over_none": compared(seconds, "heliostat", "unrecorded"),
+        "trainer_over_bare": compared(seconds, "trainer", "bare"),
     }
 
 
@@ -211,14 +196,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        for size, steps in (("17M", options.steps), ("tiny", 10 * options.steps)):
-            print(json.dumps(measure(size, options.pairs, steps, Path(folder))), file=sys.stdout, flush=True)
+        for size, steps in (("17M", options.steps), ("tiny", 20 * options.steps)):
+            print(json.dumps(measure(size, steps, Path(folder))), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ this cluster, and whether the run ends as if nothing had happened."""
 import sys
 from typing import Any
 
-from heliostat.data.prepare import prepare
+from heliostat.data.prepare import open_sources, prepare
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
 from heliostat.launch.drill import (
@@ -22,8 +22,9 @@ from pipelines.job import Job, main
 def run(job: Job) -> dict[str, Any]:
     faults = parse_faults(job.options.faults)
     recipe = recipe_of_drill(job.recipe, job.options.workers)
+    sources = open_sources(recipe)
     with connect(recipe, job.options.address):
-        prepared, _ = prepare(recipe, run_on_ray)
+        prepared, _ = prepare(recipe, run_on_ray, sources)
         recovered = drill(recipe, prepared.folder, job.run_dir, faults)
         worst = worst_replacement_s(recovered)
         plain = plain_restart_s(recipe, prepared.folder, job.run_dir) if worst is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import heliostat
 from heliostat.data.loader import open_split
-from heliostat.data.prepare import Prepared, prepare
+from heliostat.data.prepare import Prepared, open_sources, prepare
 from heliostat.evaluate import gain
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect, dashboard
@@ -79,11 +79,12 @@ def run(job: Job) -> dict[str, Any]:
         )
     if recipe.tune.space:
         check_search(job)
+    sources = open_sources(recipe)
     stages = Stages(recipe, options.fresh)
     kept: list[Prepared] = []
 
     def do_prepare() -> dict[str, Any]:
-        prepared, made = prepare(recipe, run_on_ray)
+        prepared, made = prepare(recipe, run_on_ray, sources)
         kept.append(prepared)
         return {"folder": str(prepared.folder), "made": made, "rows": prepared.meta["rows"]}
 

@@ -3,15 +3,16 @@
 import sys
 from typing import Any
 
-from heliostat.data.prepare import describe, prepare
+from heliostat.data.prepare import describe, open_sources, prepare
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect
 from pipelines.job import Job, main
 
 
 def run(job: Job) -> dict[str, Any]:
+    sources = open_sources(job.recipe)
     with connect(job.recipe, job.options.address):
-        prepared, made = prepare(job.recipe, run_on_ray)
+        prepared, made = prepare(job.recipe, run_on_ray, sources)
     print(f"{'prepared' if made else 'already prepared'}: {prepared.folder}")
     for name, said in describe(prepared):
         print(f"{name}: {said}")

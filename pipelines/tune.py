@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heliostat.data.prepare import prepare
+from heliostat.data.prepare import open_sources, prepare
 from heliostat.hardware import this_machine
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect, starts_here
@@ -25,8 +25,9 @@ def run(job: Job) -> dict[str, Any]:
     if job.options.auto:
         job = dataclasses.replace(job, recipe=with_auto_space(job.recipe, get_task(job.recipe)))
     check_search(job)
+    sources = open_sources(job.recipe)
     with connect(job.recipe, job.options.address):
-        prepared, _ = prepare(job.recipe, run_on_ray)
+        prepared, _ = prepare(job.recipe, run_on_ray, sources)
         job.run_dir.mkdir(parents=True, exist_ok=True)
         found = search(
             job.recipe, prepared, job.run_dir, resume=bool(job.options.resume), with_baseline=job.options.auto

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.pipelines.jobs import ROOT, run
-from tests.recipes import text_file, tiny_bert
 
 CASES = {
     "unknown recipe": (["sentimant"], "recipe", "did you mean sentiment?"),
@@ -21,6 +20,7 @@ CASES = {
     "out of range": (["sentiment", "--optimizer.lr", "-1"], "optimizer.lr", ""),
     "unknown choice": (["sentiment", "--training.precision", "fp8"], "training.precision", "bfloat16"),
     "missing file": (["sentiment", "--data.train", "/nowhere.csv"], "data.train", "check the path"),
+    "missing column": (["sentiment", "--data.label-column", "labels"], "data.train", "did you mean label?"),
     "no GPU": (["sentiment", "--parallelism.use-gpu", "True"], "parallelism.use_gpu", "false"),
     "too many workers": (["sentiment", "--parallelism.workers", "1000"], "parallelism.workers", "use ≤"),
     "record to nowhere": (["sentiment", "--record.storage", "nowhere://folder"], "record.storage", ""),
@@ -30,11 +30,14 @@ CASES = {
 
 ALL = """
 import json, sys
+import ray
 from pipelines.job import main
 from pipelines.train import run
 
+begun, init = [], ray.init
+ray.init = lambda *args, **settings: begun.append(settings) or init(*args, **settings)
 codes = [main("train", run, words) for words in json.loads(sys.argv[1])]
-print(json.dumps(codes))
+print(json.dumps([codes, len(begun)]))
 """
 """One process for all of them: most of what one takes is imports."""
 
@@ -47,9 +50,9 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, di
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
     command = [sys.executable, "-c", ALL, json.dumps(asked)]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, check=True)
-    *answers, codes = map(json.loads, done.stdout.splitlines())
-    assert "Started a local Ray instance" not in done.stderr
-    assert not list(storage.rglob("bundle")), "nothing may be half-written"
+    *answers, (codes, begun) = map(json.loads, done.stdout.splitlines())
+    assert begun == 0, "Ray has not been started for any"
+    assert not [*storage.rglob("bundle"), *storage.rglob("*.parquet")], "nothing may be half-written"
     assert not list(storage.glob("runs/*")), "a job that is refused leaves no record"
     return dict(zip(CASES, zip(codes, answers, strict=True), strict=True))
 
@@ -70,21 +73,3 @@ def test_a_job_ends_with_its_answer(tmp_path: Path) -> None:
     assert done.code == 2, done.stderr[-2000:]
     assert (done.answer["field"], done.answer["suggestion"]) == ("recipe", "did you mean sentiment?")
     assert len(done.stdout.strip().splitlines()) == 1
-
-
-def test_wrong_column_leaves_nothing(tmp_path: Path) -> None:
-    recipe = tiny_bert(tmp_path)
-    recipe.save(tmp_path / "recipe.json")
-    done = run(
-        "prepare",
-        "--recipe",
-        str(tmp_path / "recipe.json"),
-        "--data.label-column",
-        "labels",
-        "--data.train",
-        str(text_file(tmp_path / "source", 96)),
-    )
-    assert done.code == 2
-    assert done.answer["field"] == "data.train"
-    assert done.answer["suggestion"] == "did you mean label?"
-    assert not list((tmp_path / "storage").rglob("*.parquet"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_throughput import PRESETS, block_weights, flops_per_token, layers_that_fit, main
+from bench.turns import compared, in_turn
 from heliostat.recipe import Refused
 
 
@@ -61,3 +64,39 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--preset", "llama3-8b"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_steps_are_made_in_turn_and_each_is_timed_for_itself() -> None:
+    made: list[tuple[str, int]] = []
+
+    def loop(name: str, cpu_s: float) -> Callable[[Callable[[], None]], None]:
+        def steps(begin: Callable[[], None]) -> None:
+            for step in range(12):
+                begin()
+                made.append((name, step))
+                end = time.process_time() + cpu_s
+                while time.process_time() < end:
+                    pass
+
+        return steps
+
+    seconds = in_turn({"long": loop("long", 0.03), "short": loop("short", 0.01)})
+    assert made == [(name, step) for step in range(12) for name in ("long", "short")]
+    assert [len(values) for values in seconds.values()] == [8, 8]
+    assert min(seconds["long"]) >= 0.03
+    found = compared(seconds, "long", "short")
+    assert found["median"] == pytest.approx(3, rel=0.2)
+    assert found["added_ms"] == pytest.approx(20, rel=0.2)
+
+
+def test_a_loop_that_fails_keeps_nobody_waiting() -> None:
+    def fails(begin: Callable[[], None]) -> None:
+        begin()
+        raise ValueError("no more")
+
+    def goes_on(begin: Callable[[], None]) -> None:
+        for _ in range(5):
+            begin()
+
+    with pytest.raises(ValueError, match="no more"):
+        in_turn({"fails": fails, "goes on": goes_on})

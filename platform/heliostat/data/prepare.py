@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from heliostat.data.sources import Part, open_source
 from heliostat.models.load import processor_facts
-from heliostat.recipe import Data, Recipe, Refused, nearest, write_atomically
+from heliostat.recipe import Recipe, Refused, nearest, write_atomically
 from heliostat.tasks import ROW_NAME, Task, get_task
 
 PREPARED_VERSION = 1
@@ -43,6 +43,7 @@ class Origin(NamedTuple):
         return f"data.mixture.{self.name}.source" if self.name else f"data.{self.split}"
 
 
+Sources = dict[Origin, list[Part]]
 Scans = dict[Origin, list[tuple[np.ndarray, str]]]
 RunParts = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 
@@ -74,16 +75,28 @@ def run_here(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     return [function(item) for item in items]
 
 
-def prepare(recipe: Recipe, run_parts: RunParts = run_here) -> tuple[Prepared, bool]:
+def open_sources(recipe: Recipe) -> Sources:
+    """The parts of each source: the training sources, by name where there are several, then validation and test. Raises
+    Refused for what can be told from the first part of each; jobs call it before they take a cluster."""
+    task, data = get_task(recipe), recipe.data
+    task.check()
+    given = {Origin("train", i, name): data.mixture[name].source for i, name in enumerate(sorted(data.mixture))}
+    given = given or {Origin("train"): data.train}
+    given |= {Origin(split): spec for split in SPLITS[1:] if (spec := getattr(data, split))}
+    sources = {origin: open_source(spec, origin.field) for origin, spec in given.items()}
+    for origin, parts in sources.items():
+        _check_columns(task, parts[0].read(), parts[0].name, origin.field)
+    return sources
+
+
+def prepare(recipe: Recipe, run_parts: RunParts = run_here, sources: Sources | None = None) -> tuple[Prepared, bool]:
     """Prepare the recipe's data, or find them prepared. Returns them and whether they were made now.
 
     The fingerprint covers the source's contents and everything in the recipe that shapes rows. `run_parts` maps
-    a function over parts, in order; the launcher passes one that runs on the cluster."""
+    a function over parts, in order; the launcher passes one that runs on the cluster. `sources`: the recipe's, where
+    they are open."""
     task = get_task(recipe)
-    task.check()
-    sources = _open_sources(recipe.data)
-    for origin, parts in sources.items():
-        _check_columns(task, parts[0].read(), parts[0].name, origin.field)  # before the cluster reads all of them
+    sources = open_sources(recipe) if sources is None else sources
     scans = {origin: run_parts(_Scan(recipe, origin.field), parts) for origin, parts in sources.items()}
     fingerprint = _fingerprint(recipe, scans)
     folder = recipe.storage_path / "data" / f"{recipe.name}-{fingerprint}"
@@ -153,14 +166,6 @@ def read_prepared(folder: Path) -> Prepared:
     if meta["version"] != PREPARED_VERSION:
         raise Refused("data", f"{folder} was prepared by another version of Heliostat", "remove it; it is made again")
     return Prepared(folder, meta)
-
-
-def _open_sources(data: Data) -> dict[Origin, list[Part]]:
-    """The parts of each source: the training sources, by name where there are several, then validation and test."""
-    given = {Origin("train", i, name): data.mixture[name].source for i, name in enumerate(sorted(data.mixture))}
-    given = given or {Origin("train"): data.train}
-    given |= {Origin(split): spec for split in SPLITS[1:] if (spec := getattr(data, split))}
-    return {origin: open_source(spec, origin.field) for origin, spec in given.items()}
 
 
 def _check_columns(task: Task, table: pa.Table, name: str, field: str) -> None:
@@ -252,7 +257,7 @@ def _choose_splits(recipe: Recipe, scans: Scans) -> dict[Origin, list[np.ndarray
     return codes
 
 
-def _some_rows(task: Task, sources: dict[Origin, list[Part]], codes: dict[Origin, list[np.ndarray]]) -> pa.Table:
+def _some_rows(task: Task, sources: Sources, codes: dict[Origin, list[np.ndarray]]) -> pa.Table:
     """Training rows to learn labels, means and tokenizers from: the first FIT_ROWS, of each source equally many."""
     training = [origin for origin in sources if origin.split == "train"]
     tables = []
