@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     # Files hold each expert by itself, gate and up apart.
     "mixtral": {"hidden_size": 24, "intermediate_size": 44, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "num_local_experts": 4, "vocab_size": 51},
+    "gpt2": {"n_embd": 24, "n_head": 4, "vocab_size": 51},
     "bert": {"hidden_size": 24, "intermediate_size": 44, "num_attention_heads": 4, "vocab_size": 51},
 }  # fmt: skip
 LAYOUTS = {
@@ -44,6 +45,7 @@ LAYOUTS = {
     ),
     "qwen3": ("fsdp=2", "tensor=2,replicate=2"),
     "mixtral": ("fsdp=2", "expert=2", "expert=2,fsdp=2", "tensor=2", "fsdp=2,tensor=2", "expert=2,pipeline=2"),
+    "gpt2": ("tensor=2", "fsdp=2,tensor=2"),
     "bert": ("replicate=2", "fsdp=2", "tensor=2"),
 }
 FACTS = {"padding_id": 0, "vocab_size": 51, "eos_token_id": 2, "bos_token_id": 1, "labels": ["a", "b", "c"]}
@@ -82,7 +84,11 @@ def load(recipe: Recipe) -> tuple[dict[str, np.ndarray], set[str], set[str]]:
 
 
 CASES = [
-    pytest.param(family, layout, marks=[] if layout in ("", "fsdp=2,tensor=2", "expert=2") else pytest.mark.slow)
+    pytest.param(
+        family,
+        layout,
+        marks=[] if layout in ("", "fsdp=2,tensor=2", "expert=2") and family != "gpt2" else pytest.mark.slow,
+    )
     for family, layouts in LAYOUTS.items()
     for layout in layouts
 ]

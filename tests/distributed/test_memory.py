@@ -28,6 +28,7 @@ MIXTRAL = {
     "num_local_experts": 4,
     "max_position_embeddings": 64,
 }
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"workers": 2},
     "fsdp3": {"workers": 3, "fsdp": 3},
@@ -92,6 +93,11 @@ def test_experts(tmp_path: Path) -> None:
     recipe = override(tiny_llama(tmp_path), {"model.config": MIXTRAL})
     check(recipe, {"workers": 4, "expert": 2, "fsdp": 2}, tmp_path)
     check(recipe, {"workers": 2, "tensor": 2}, tmp_path / "tensor")
+
+
+def test_transposed_matrices(tmp_path: Path) -> None:
+    recipe = override(tiny_llama(tmp_path), {"model.config": GPT2})
+    check(recipe, {"workers": 4, "fsdp": 2, "tensor": 2}, tmp_path)
 
 
 def test_adapters(tmp_path: Path) -> None:

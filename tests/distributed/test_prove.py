@@ -29,8 +29,7 @@ TWO = "fsdp=2;tensor=2;pipeline=2,schedule=gpipe"
 REFUSED = {
     # What a family cannot do is said by name.
     "gemma": {"pipeline=2,schedule=gpipe": "GemmaForCausalLM ties its embeddings"},
-    "gpt2": {"tensor=2": "GPT2LMHeadModel declares no tensor-parallel plan",
-             "pipeline=2,schedule=gpipe": "GPT2LMHeadModel declares no pipeline plan"},
+    "gpt2": {"pipeline=2,schedule=gpipe": "GPT2LMHeadModel declares no pipeline plan"},
     "bert": {"pipeline=2,schedule=gpipe": "BertForSequenceClassification declares no pipeline plan"},
     "vit": {"pipeline=2,schedule=gpipe": "ViTForImageClassification declares no pipeline plan"},
 }  # fmt: skip
@@ -72,6 +71,15 @@ def test_hybrids_on_four_and_eight_processes(name: str, tmp_path: Path) -> None:
     ):
         for verdict in prove(recipe, parse_layouts(layouts, workers), workers):
             assert verdict.status == "equal", verdict
+
+
+@pytest.mark.slow
+def test_transposed_matrices_beside_other_axes(tmp_path: Path) -> None:
+    """GPT-2's are kept as (inputs, outputs), its query, key and value in one."""
+    beside = ("fsdp=2", "replicate=2", "context=2", "fsdp=2,recompute=full")
+    layouts = ";".join(["tensor=4", *(f"tensor=2,{axis}" for axis in beside)])
+    for verdict in prove(family("gpt2", tmp_path), parse_layouts(layouts, 4), 4):
+        assert verdict.status == "equal", verdict
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from heliostat.train.loop import Run, train
 from tests.distributed.harness import run
 from tests.recipes import prepared, tiny_llama
 
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "tie_word_embeddings": False}
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
 LAYOUTS = {
     "llama": (
@@ -32,6 +33,7 @@ LAYOUTS = {
         "tensor=2,sequence_parallel=true,loss_parallel=true",
     ),
     "lora": ("fsdp=2,tensor=2", "tensor=2", "pipeline=2", "tensor=2,pipeline=2"),
+    "gpt2": ("fsdp=2,tensor=2", "tensor=2"),
     "mixtral": (
         "expert=2",
         "expert=2,fsdp=2",
@@ -58,6 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe,
         recipe = tiny_llama(folder, **{"schedule.max_steps": 3})
         if family == "mixtral":
             recipe.model.config.update(MIXTRAL)
+        if family == "gpt2":
+            recipe = override(recipe, {"model.config": GPT2})
         if family == "lora":
             recipe = override(recipe, {"model.lora.rank": 4})
         data = prepared(recipe).folder

@@ -194,6 +194,7 @@ def test_positions_are_gathered_where_split_matrices_begin() -> None:
         ({"model_type": "gemma"}, "loss_parallel", TIED),
         ({"model_type": "llama", "vocab_size": 257}, "loss_parallel", "a vocabulary of 257"),
         ({"model_type": "mixtral"}, "sequence_parallel", "sums what its experts give"),
+        ({"model_type": "gpt2"}, "sequence_parallel", "does not split transformer.h.*.attn.c_attn by positions"),
         (
             {"model_type": "phi", "qk_layernorm": True},
             "sequence_parallel",

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +193,7 @@ def open_split(folder: Path, split: str) -> pa.Table:
         raise Refused("data", f"{folder} has no prepared split {split!r}", "prepare the data again")
     mapped = folder / f"{split}.arrow"
     if not mapped.exists():
-        beside = mapped.with_name(f".{mapped.name}.{os.getpid()}")
+        beside = mapped.with_name(f".{mapped.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, pq.read_schema(files[0])) as writer:
                 for table in _tables(files):

@@ -11,9 +11,14 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from heliostat.models.blocks import blocks
+from heliostat.parallel.conv1d import Conv1DColwise, Conv1DRowwise, Divided
 from heliostat.parallel.sequence import FIELD as SEQUENCE
 from heliostat.parallel.sequence import POSITIONS, GatherPositions
 from heliostat.planner.plans import (
+    CONV1D_COLWISE,
+    CONV1D_QKV,
+    CONV1D_ROWWISE,
+    DIVIDED,
     EXPERT_PARAMETERS,
     EXPERTS,
     GRAD_SUM,
@@ -23,6 +28,8 @@ from heliostat.planner.plans import (
     stage_bounds,
 )
 from heliostat.recipe import Parallelism, PipelineSchedule, Refused
+
+CONV1D = (CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE)
 
 
 def tensor_plan(
@@ -36,7 +43,9 @@ def tensor_plan(
     family = type(model).__name__
     if not declared:
         raise Refused("parallelism.tensor", f"{family} declares no tensor-parallel plan", "use tensor=1")
-    for field in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size"):
+    for field in (
+        "num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size", "n_inner"
+    ):  # fmt: skip
         value = getattr(model.config, field, None)
         if value is not None and value % degree:
             raise Refused(
@@ -45,6 +54,9 @@ def tensor_plan(
     styles: dict[str, ParallelStyle] = {
         "colwise": ColwiseParallel(),
         "rowwise": RowwiseParallel(output_layouts=POSITIONS if sequence else Replicate()),
+        CONV1D_COLWISE: Conv1DColwise(),
+        CONV1D_QKV: Conv1DColwise(parts=3),
+        CONV1D_ROWWISE: Conv1DRowwise(),
     }
     plan: dict[str, ParallelStyle] = {}
     prefix = model.base_model_prefix
@@ -61,18 +73,29 @@ def tensor_plan(
         if module in experts and style in EXPERT_PARAMETERS:
             experts[module][parameter] = style
             continue
+        if style == DIVIDED:
+            plan[module] = Divided(parameter)
+            continue
         if style not in styles:
             raise Refused(
                 "parallelism.tensor", f"{family} asks for the style {style!r}, which is not supported", "use tensor=1"
             )
         name = f"{prefix}.{pattern}"
+        if style in CONV1D and sequence:
+            raise Refused(SEQUENCE, f"{family} does not split {name} by positions, too", "set it false")
+        if style in CONV1D and name in adapted:
+            raise Refused("parallelism.tensor", f"{family} does not split {name} with adapters", "use tensor=1")
         if name in adapted:  # B is split as the columns of W are, A as its rows; the other one stays whole
             factor = "lora_B" if style == "colwise" else "lora_A"
             plan |= {f"{name}.{part}": styles[style] for part in ("base_layer", f"{factor}.{adapted[name]}")}
         else:
             plan[name] = styles[style]
     holders = {name: pattern_of(name).rpartition(".")[0] for name, _ in model.named_parameters()}
-    partial = {name for name, holder in holders.items() if holder in summed}
+    # Biases of which each peer adds its part.
+    parted = {f"{prefix}.{pattern}" for pattern, style in declared.items() if style in (CONV1D_COLWISE, CONV1D_QKV)}
+    partial = {
+        name for name, holder in holders.items() if holder in summed or (holder in parted and name.endswith(".bias"))
+    }
     block = f"{blocks(model)[0]}.*."
     parents = _parents_of_split(model, declared)
     for parent in parents:
@@ -108,7 +131,8 @@ def tensor_plan(
 
 def _parents_of_split(model: Any, declared: dict[str, str]) -> list[str]:
     """The names of the modules in which a batch first meets a split matrix."""
-    colwise = {f"{model.base_model_prefix}.{pattern}" for pattern, style in declared.items() if style == "colwise"}
+    styles = ("colwise", CONV1D_COLWISE, CONV1D_QKV)
+    colwise = {f"{model.base_model_prefix}.{pattern}" for pattern, style in declared.items() if style in styles}
     return sorted({name.rpartition(".")[0] for name, _ in model.named_modules() if pattern_of(name) in colwise})
 
 

@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from heliostat.planner.plans import EXPERT_SHARD, local_stages, pattern_of, stage_bounds
+from heliostat.planner.plans import (
+    CONV1D_COLWISE,
+    CONV1D_QKV,
+    CONV1D_ROWWISE,
+    EXPERT_SHARD,
+    local_stages,
+    pattern_of,
+    stage_bounds,
+)
 from heliostat.planner.shape import ModelShape, Parameter, size
 from heliostat.recipe import Parallelism, Recipe
 
@@ -186,6 +194,8 @@ def _split(shape: ModelShape, parameter: Parameter, parallelism: Parallelism) ->
         axis = None if lora == "lora_A" else 0
     elif style == "rowwise":
         axis = None if lora == "lora_B" or len(parameter.shape) == 1 else 1
+    elif style in (CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE) and len(parameter.shape) == 2:
+        axis = 0 if style == CONV1D_ROWWISE else 1
     else:
         axis = None
     return (parameter.shape if axis is None else _divided(parameter.shape, axis, parallelism.tensor)), False

@@ -14,6 +14,11 @@ EXPERT_PARAMETERS = ("packed_colwise", "colwise", "rowwise")
 """Its names for how the experts' parameters, stacked along their first axis, are sliced. Packed: gate and up in one."""
 EXPERT_SHARD, EXPERT_MODULE = "grouped_gemm", "ep_dispatch_experts"
 """Its names for the styles of expert parameters, stacked along their first axis, and of what holds them."""
+CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE = "conv1d_colwise", "conv1d_qkv_colwise", "conv1d_rowwise"
+"""Our names for matrices that are kept as (inputs, outputs), transformers' Conv1D. Their biases stay whole. QKV: three
+matrices side by side, each of which is split."""
+DIVIDED = "divided"
+"""Our name for a module's attribute that counts what a rank has a share of."""
 
 
 TENSOR_PLANS = {
@@ -24,6 +29,13 @@ TENSOR_PLANS = {
         "encoder.layer.*.attention.output.dense": "rowwise",
         "encoder.layer.*.intermediate.dense": "colwise",
         "encoder.layer.*.output.dense": "rowwise",
+    },
+    "gpt2": {
+        "h.*.attn.c_attn": CONV1D_QKV,
+        "h.*.attn.split_size": DIVIDED,
+        "h.*.attn.c_proj": CONV1D_ROWWISE,
+        "h.*.mlp.c_fc": CONV1D_COLWISE,
+        "h.*.mlp.c_proj": CONV1D_ROWWISE,
     },
     "vit": {
         "layers.*.attention.q_proj": "colwise",
