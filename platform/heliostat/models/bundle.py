@@ -84,6 +84,7 @@ def write(
         model.save_pretrained(beside)
         if processor is not None:
             processor.save_pretrained(beside)
+        task.save(beside, config)
         files = digests(beside)
         card = {
             "version": BUNDLE_VERSION,
