@@ -192,10 +192,17 @@ def answering(path: Path, settings: Deploy | None = None) -> Predictor:
 
 
 def scaled(
-    kind: type, name: str, bundle_path: Path, version: str, settings: Deploy, policy: dict[str, Any] | None = None
+    kind: type,
+    name: str,
+    bundle_path: Path,
+    version: str,
+    settings: Deploy,
+    policy: dict[str, Any] | None = None,
+    **config: Any,
 ) -> serve.Application:
     """The deployment of a class with a bundle, not yet running. `policy`: Ray Serve's autoscaling policy, where ongoing
-    requests are not all. Raises Refused for keys that cannot be read."""
+    requests are not all. `config`: what `reconfigure` is told beside the bundle and its version, of which no change
+    restarts a replica. Raises Refused for keys that cannot be read."""
     keys.check(settings.keys_file)
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
     deployment = serve.deployment(name=name)(kind).options(
@@ -219,7 +226,7 @@ def scaled(
         graceful_shutdown_timeout_s=settings.drain_s,
         max_surge_percent=100,  # other settings do restart replicas: the new ones first
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-        user_config={"bundle": str(bundle_path.absolute()), "version": version},
+        user_config={"bundle": str(bundle_path.absolute()), "version": version, **config},
     ).bind()
 
 
@@ -245,6 +252,8 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
 
     task = bundles.read(bundle_path, verify_files=False).task()
     generates = task.model_class == "AutoModelForCausalLM"
+    if settings.adapters and not generates:
+        raise Refused("deploy.adapters", "only models that generate text have them", "leave it out")
     if settings.engine != "embedded" and not generates:
         raise Refused("deploy.engine", f"{settings.engine} is for models that generate text", "leave it out")
     embeds = isinstance(task, TextEmbedding)
