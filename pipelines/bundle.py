@@ -18,12 +18,10 @@ def run(job: Job) -> dict[str, Any]:
     if type(task).fit is not Task.fit:
         raise Refused("task", f"{job.recipe.task} learns from training rows what it predicts", command)
     processor = task.processor()
-    task = get_task(job.recipe, processor_facts(processor))
+    task = get_task(job.recipe, processor_facts(processor) | task.pretrained_facts())
     built = build_model(task)
-    if built.new_parameters:
-        raise Refused(
-            "model.name", f"{min(built.new_parameters)} is not among its weights: it must be trained", command
-        )
+    if lacking := [name for name in sorted(built.new_parameters) if not name.startswith(task.unused)]:
+        raise Refused("model.name", f"{lacking[0]} is not among its weights: it must be trained", command)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     lineage = {"pretrained": model.name}
     bundle = bundles.write(

@@ -27,6 +27,7 @@ from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused, nearest
+from heliostat.tasks.text_embedding import TextEmbedding
 from serve import keys
 from serve.gate import ADMITTED, BodyLimit, Deadline, Gated
 
@@ -132,7 +133,9 @@ def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
     return api
 
 
-def page(kind: Literal["text", "image", "row", "chat", "completion"], model: str, example: Any = None) -> HTMLResponse:
+def page(
+    kind: Literal["text", "texts", "image", "row", "chat", "completion"], model: str, example: Any = None
+) -> HTMLResponse:
     """A page to try a model on: `kind` is what one gives it, of a row beginning with the `example`."""
     settings = json.dumps({"kind": kind, "model": model, "example": example}).replace("<", "\\u003c")
     text = PAGE.read_text(encoding="utf-8").replace("/*settings*/null", settings)
@@ -189,10 +192,17 @@ def answering(path: Path, settings: Deploy | None = None) -> Predictor:
 
 
 def scaled(
-    kind: type, name: str, bundle_path: Path, version: str, settings: Deploy, policy: dict[str, Any] | None = None
+    kind: type,
+    name: str,
+    bundle_path: Path,
+    version: str,
+    settings: Deploy,
+    policy: dict[str, Any] | None = None,
+    **config: Any,
 ) -> serve.Application:
     """The deployment of a class with a bundle, not yet running. `policy`: Ray Serve's autoscaling policy, where ongoing
-    requests are not all. Raises Refused for keys that cannot be read."""
+    requests are not all. `config`: what `reconfigure` is told beside the bundle and its version, of which no change
+    restarts a replica. Raises Refused for keys that cannot be read."""
     keys.check(settings.keys_file)
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
     deployment = serve.deployment(name=name)(kind).options(
@@ -216,7 +226,7 @@ def scaled(
         graceful_shutdown_timeout_s=settings.drain_s,
         max_surge_percent=100,  # other settings do restart replicas: the new ones first
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-        user_config={"bundle": str(bundle_path.absolute()), "version": version},
+        user_config={"bundle": str(bundle_path.absolute()), "version": version, **config},
     ).bind()
 
 
@@ -238,14 +248,20 @@ def arguments(args: dict[str, Any]) -> tuple[Path, str, Deploy]:
 def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
     """The deployment that fits the bundle's task, not yet running. `version`: what answers call it. Raises Refused for
     a bundle that is not whole."""
-    from serve import classifier, language_model
+    from serve import classifier, embeddings, language_model
 
-    generates = bundles.read(bundle_path, verify_files=False).task().model_class == "AutoModelForCausalLM"
+    task = bundles.read(bundle_path, verify_files=False).task()
+    generates = task.model_class == "AutoModelForCausalLM"
+    if settings.adapters and not generates:
+        raise Refused("deploy.adapters", "only models that generate text have them", "leave it out")
     if settings.engine != "embedded" and not generates:
         raise Refused("deploy.engine", f"{settings.engine} is for models that generate text", "leave it out")
-    if settings.sample_share and generates:
-        raise Refused("deploy.sample_share", "what models that generate text are asked is not kept", "set it 0")
-    return (language_model if generates else classifier).application(bundle_path, version, settings)
+    embeds = isinstance(task, TextEmbedding)
+    if settings.sample_share and (generates or embeds):
+        raise Refused("deploy.sample_share", "only what classifiers are asked is kept", "set it 0")
+    if generates:
+        return language_model.application(bundle_path, version, settings)
+    return (embeddings if embeds else classifier).application(bundle_path, version, settings)
 
 
 def check_gpus(settings: Deploy) -> None:

@@ -9,6 +9,7 @@ which go on answering.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from serve.application import (
     scaled,
 )
 
+Rows = Callable[[], pa.Table]
+"""Makes prepared rows of what was asked."""
 BATCH_SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
 """Upper bounds of what a histogram counts."""
 
@@ -46,11 +49,11 @@ class Problem(Body):
     """What is wrong, as `field: reason`."""
 
 
-async def _refused(request: Request, error: Exception) -> JSONResponse:
+async def refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 422)
 
 
-async def _malformed(request: Request, error: Exception) -> JSONResponse:
+async def malformed(request: Request, error: Exception) -> JSONResponse:
     """Pydantic's first complaint in words, in the form of every other refusal."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -61,19 +64,11 @@ async def _malformed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": f"{field}: {reason}"}, 422)
 
 
-def _api(settings: Deploy) -> FastAPI:
-    api = http(settings, ("/predict",))
-    api.add_exception_handler(Refused, _refused)
-    api.add_exception_handler(RequestValidationError, _malformed)
-    return api
+def predicting(api: FastAPI, settings: Deploy) -> type:
+    """What answers for any task, to be the ingress of `api`, or the base of what answers more. The class is made here
+    because routes and batching take their limits when they are declared."""
 
-
-def _classifier(settings: Deploy) -> type:
-    """The class is made here because routes and batching take their limits when they are declared."""
-    api = _api(settings)
-
-    @serve.ingress(api)
-    class Classifier(Forwarded):
+    class Predicting(Forwarded):
         def __init__(self) -> None:
             self.predictor: Predictor | None = None
             self.version = ""
@@ -98,8 +93,8 @@ def _classifier(settings: Deploy) -> type:
             predictor = await asyncio.to_thread(answering, Path(config["bundle"]), settings)
             self.predictor, self.version = predictor, config["version"]
 
-        async def _in_thread(self, function: Callable[[Any], Any], argument: Any) -> Any:
-            return await asyncio.get_running_loop().run_in_executor(self.thread, function, argument)
+        async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
 
         @api.post("/predict", responses={413: {"model": Problem}, 422: {"model": Problem}})
         async def predict(self, question: Question) -> Answer:
@@ -108,27 +103,31 @@ def _classifier(settings: Deploy) -> type:
             # Taken once: all of a request's answers come from one bundle, whatever is swapped meanwhile.
             predictor, version = self.predictor, self.version
             assert predictor is not None
-            self.ongoing += 1
-            self.queue.set(self.ongoing)
-            try:
-                predictions = await self._answers(predictor, inputs)
-            finally:
-                self.ongoing -= 1
-                self.queue.set(self.ongoing)
+            predictions = await self.answers(predictor, partial(predictor.rows, inputs), len(inputs))
             if self.sampler is not None:
                 self.sampler.offer(predictor.bundle, version, inputs, predictions)
             return Answer(predictions=predictions, bundle=predictor.bundle.digest[:12], version=version)
 
-        async def _answers(self, predictor: Predictor, inputs: list[Input]) -> list[dict[str, Any]]:
-            if self.ongoing == 1 and len(inputs) <= settings.max_batch_size:
+        async def answers(self, predictor: Predictor, rows: Rows, count: int) -> list[dict[str, Any]]:
+            """One for each of the `count` rows, in their order."""
+            self.ongoing += 1
+            self.queue.set(self.ongoing)
+            try:
+                return await self._answers(predictor, rows, count)
+            finally:
+                self.ongoing -= 1
+                self.queue.set(self.ongoing)
+
+        async def _answers(self, predictor: Predictor, rows: Rows, count: int) -> list[dict[str, Any]]:
+            if self.ongoing == 1 and count <= settings.max_batch_size:
                 # Alone: no wait for others to share a batch.
-                predictions: list[dict[str, Any]] = await self._in_thread(predictor.predict, inputs)
-                self.batch_size.observe(len(inputs))
+                predictions: list[dict[str, Any]] = await self.in_thread(lambda: predictor.predict_rows(rows()))
+                self.batch_size.observe(count)
                 return predictions
             # Prepared before they are batched: a refusal names the input by its place in its own request, and
             # touches no other request.
-            table = await self._in_thread(predictor.rows, inputs)
-            return await asyncio.gather(*(self.predict_row((predictor, table.slice(i, 1))) for i in range(len(inputs))))
+            table = await self.in_thread(rows)
+            return await asyncio.gather(*(self.predict_row((predictor, table.slice(i, 1))) for i in range(count)))
 
         @serve.batch(max_batch_size=settings.max_batch_size, batch_wait_timeout_s=settings.batch_wait_s)
         async def predict_row(self, rows: list[tuple[Predictor, pa.Table]]) -> list[dict[str, Any]]:
@@ -136,7 +135,7 @@ def _classifier(settings: Deploy) -> type:
             for predictor in {id(each): each for each, _ in rows}.values():  # two while a bundle is swapped
                 places = [i for i, (each, _) in enumerate(rows) if each is predictor]
                 table = pa.concat_tables([rows[i][1] for i in places])
-                found = await self._in_thread(predictor.predict_rows, table)
+                found = await self.in_thread(predictor.predict_rows, table)
                 self.batch_size.observe(len(places))
                 for i, prediction in zip(places, found, strict=True):
                     predictions[i] = prediction
@@ -146,8 +145,11 @@ def _classifier(settings: Deploy) -> type:
         async def try_it(self) -> HTMLResponse:
             assert self.predictor is not None
             example, name = self.predictor.task.example(), self.predictor.bundle.recipe.name
-            kind: Any = next(iter(example)) if set(example) in ({"text"}, {"image"}) else "row"
-            return page(kind, name, example)
+            return page(self.page_kind(example), name, example)
+
+        def page_kind(self, example: Input) -> Any:
+            """Of the page to try the task on, by what it is asked."""
+            return next(iter(example)) if set(example) in ({"text"}, {"image"}) else "row"
 
         @api.get("/healthz")
         async def healthz(self) -> Health:
@@ -156,14 +158,18 @@ def _classifier(settings: Deploy) -> type:
             digest = self.predictor.bundle.digest[:12]
             return Health(status="ok", bundle=digest, version=self.version, ongoing=self.ongoing)
 
-    return Classifier
+    return Predicting
 
 
 def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Application:
     """The deployment with a bundle, not yet running. `version`: what answers call it. Raises Refused for a
     bundle that is not whole."""
     answering(bundle_path)  # it must answer here first: Serve would stop every replica that cannot load it
-    return scaled(_classifier(settings), "classifier", bundle_path, version, settings)
+    api = http(settings, ("/predict",))
+    api.add_exception_handler(Refused, refused)
+    api.add_exception_handler(RequestValidationError, malformed)
+    kind = serve.ingress(api)(predicting(api, settings))
+    return scaled(kind, "classifier", bundle_path, version, settings)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

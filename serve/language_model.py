@@ -1,5 +1,5 @@
-"""A causal language model behind OpenAI's protocol: `/v1/models`, `/v1/completions`, `/v1/chat/completions`; and
-`/predict` and `/healthz`, as every deployment has them.
+"""A causal language model behind OpenAI's protocol, adapters of it beside it: `/v1/models`, `/v1/completions`,
+`/v1/chat/completions`; and `/predict` and `/healthz`, as every deployment has them.
 
 `serve deploy serve/language_model.yaml` starts it through `build`.
 """
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from heliostat import installed
 from heliostat.generate import Engine
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
+from heliostat.models.adapters import Adapter, check_base, read_adapter
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
 from serve.application import (
@@ -43,17 +45,40 @@ from serve.gate import SPEND
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
-from serve.openai.protocol import HANDLED, ChatRequest, CompletionRequest, Generation, Problem, problem_response
+from serve.openai.protocol import (
+    HANDLED,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    model_card,
+    no_such_model,
+    problem_response,
+)
 from serve.scaling import QUEUED_TOKENS, WAITED_S, ByTokens
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a model's name means: an engine, and what answers call the bundle."""
+
+    engine: Engine
+    fingerprint: str
 
 
 class Loaded:
     """A bundle that answers; as a context, a request that it is busy with."""
 
-    def __init__(self, path: Path, version: str, settings: Deploy) -> None:
-        self.predictor = answering(path, settings)
-        self.version, self.ongoing, self.retired = version, 0, False
-        self.engine = _engine(self.predictor, settings)
+    def __init__(self, name: str, config: dict[str, Any], settings: Deploy) -> None:
+        """`config`: as Serve gives it to `reconfigure`. `name`: what clients call the model."""
+        self.predictor = answering(Path(config["bundle"]), settings)
+        self.version, self.ongoing, self.retired = config["version"], 0, False
+        found = {each: bundles.read(Path(path)) for each, (path, _) in config["adapters"].items()}
+        adapters = {each: read_adapter(bundle.path, f"deploy.adapters.{each}") for each, bundle in found.items()}
+        self.engine = _engine(self.predictor, settings, adapters)
+        self.models = {name: Served(self.engine, self.digest)}
+        for each, bundle in found.items():
+            assert isinstance(self.engine, EmbeddedEngine)
+            self.models[f"{name}:{each}"] = Served(self.engine.adapted(each), bundle.digest[:12])
 
     @property
     def digest(self) -> str:
@@ -77,13 +102,13 @@ class Loaded:
             asyncio.get_running_loop().run_in_executor(None, self.engine.close)
 
 
-def _engine(predictor: Predictor, settings: Deploy) -> Engine:
+def _engine(predictor: Predictor, settings: Deploy, adapters: dict[str, Adapter]) -> Engine:
     model, tokenizer = predictor.model, predictor.processor
     tokens, threads = settings.cache_tokens, settings.threads_per_replica
     if settings.engine == "embedded":
         if settings.precision == "bfloat16":  # reading weights is most of what a token costs
             model.to(torch.bfloat16)
-        return EmbeddedEngine(model, tokenizer, cache_tokens=tokens, threads=threads)
+        return EmbeddedEngine(model, tokenizer, cache_tokens=tokens, threads=threads, adapters=adapters)
     # Its packages are an extra.
     from heliostat.generate.llama_cpp import LlamaCppEngine, converted
 
@@ -101,9 +126,22 @@ def _check_engine(path: Path, settings: Deploy) -> None:
 
     if settings.gpus_per_replica:
         raise Refused("deploy.gpus_per_replica", "llama_cpp computes on processors", gguf_file.INSTEAD)
+    if settings.adapters:
+        raise Refused("deploy.adapters", "llama_cpp has none", "use deploy.engine=embedded")
     if settings.precision != "float32":
         raise Refused("deploy.precision", "llama_cpp's is deploy.gguf_dtype", "leave it out")
     gguf_file.check(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def _check_adapters(path: Path, settings: Deploy) -> dict[str, list[str]]:
+    """The path and the digest of each one's bundle. Raises Refused for one that cannot be served beside the bundle at
+    `path`."""
+    found = {}
+    for name, given in settings.adapters.items():
+        adapted = bundles.read(Path(given).expanduser().absolute())
+        check_base(path, adapted.path, f"deploy.adapters.{name}")
+        found[name] = [str(adapted.path), adapted.digest]
+    return found
 
 
 def _api(settings: Deploy) -> FastAPI:
@@ -127,10 +165,10 @@ def _language_model(settings: Deploy, name: str) -> type:
                 "heliostat_serve_first_token_s", "From a request to the first token of its answer", LATENCIES_S
             )
 
-        async def reconfigure(self, config: dict[str, str]) -> None:
+        async def reconfigure(self, config: dict[str, Any]) -> None:
             """Serve calls this before a replica is ready, and again for another bundle: the old one answers until the
             new one can, and ends what it has begun."""
-            loaded = await asyncio.to_thread(Loaded, Path(config["bundle"]), config["version"], settings)
+            loaded = await asyncio.to_thread(Loaded, name, config, settings)
             before, self.loaded = self.loaded, loaded
             if before is not None:
                 before.retire()
@@ -155,12 +193,12 @@ def _language_model(settings: Deploy, name: str) -> type:
 
         @api.get("/v1/models")
         async def models(self) -> dict[str, Any]:
-            return {"object": "list", "data": [await self.model(name)]}
+            assert self.loaded is not None
+            return {"object": "list", "data": [await self.model(each) for each in self.loaded.models]}
 
         @api.get("/v1/models/{model:path}")
         async def model(self, model: str) -> dict[str, Any]:
-            length = self._model(model).engine.max_length
-            return {"id": name, "object": "model", "created": 0, "owned_by": "heliostat", "max_model_len": length}
+            return model_card(model, self._model(model)[1].engine.max_length)
 
         @api.post("/v1/completions")
         async def completions(self, request: CompletionRequest, sent: Request) -> Response:
@@ -170,17 +208,18 @@ def _language_model(settings: Deploy, name: str) -> type:
         async def chat(self, request: ChatRequest, sent: Request) -> Response:
             return await self._answer(ChatAnswer, request, sent)
 
-        def _model(self, asked: str) -> Loaded:
+        def _model(self, asked: str) -> tuple[Loaded, Served]:
             assert self.loaded is not None
-            if asked != name:
-                raise Problem(404, f"The model `{asked}` does not exist; there is `{name}`", "model", "model_not_found")
-            return self.loaded
+            if asked not in self.loaded.models:
+                raise no_such_model(asked, self.loaded.models)
+            return self.loaded, self.loaded.models[asked]
 
         async def _answer(self, kind: type[Answer], request: Generation, sent: Request) -> Response:
             with contextlib.ExitStack() as busy:
-                loaded = busy.enter_context(self._model(request.model))
+                loaded, served = self._model(request.model)
+                busy.enter_context(loaded)
                 # Templates and grammars take a while: beside the streams that go on.
-                answer = await asyncio.to_thread(kind, loaded.engine, request, loaded.digest)
+                answer = await asyncio.to_thread(kind, served.engine, request, served.fingerprint)
                 self.answers.add(answer)
                 busy.callback(self._count, answer, sent.scope.get(SPEND))
                 if not request.stream:
@@ -239,7 +278,8 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
             "first_token_s": settings.target_first_token_s,
         },
     }
-    return scaled(kind, "language_model", bundle_path, version, settings, policy)
+    adapters = _check_adapters(bundle_path, settings)
+    return scaled(kind, "language_model", bundle_path, version, settings, policy, adapters=adapters)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -12,6 +12,7 @@ BUILT_IN = {
     "sentiment": "pipelines.recipes.language:sentiment",
     "topics": "pipelines.recipes.language:topics",
     "smollm": "pipelines.recipes.language:smollm",
+    "minilm": "pipelines.recipes.language:minilm",
     "tiny_lm": "pipelines.recipes.language:tiny_lm",
     "digits": "pipelines.recipes.vision:digits",
     "fashion": "pipelines.recipes.vision:fashion",

@@ -67,6 +67,11 @@ def smollm() -> Recipe:
     )
 
 
+def minilm() -> Recipe:
+    """all-MiniLM-L6-v2, an encoder of sentences, to be served as it is."""
+    return Recipe(name="minilm", task="text_embedding", model=Model(name="packaged:minilm", max_length=256))
+
+
 def tiny_lm() -> Recipe:
     """A Llama of a few million parameters, trained from scratch on the source of Python's standard library."""
     return Recipe(

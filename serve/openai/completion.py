@@ -8,6 +8,7 @@ from typing import Any
 from heliostat.generate import Sampling, Token
 from serve.openai.answer import Answer, Piece
 from serve.openai.protocol import CompletionRequest, Problem
+from serve.openai.tokens import as_tokens
 
 DEFAULT_TOKENS = 16
 FILL_IN_THE_MIDDLE = [
@@ -41,13 +42,7 @@ class CompletionAnswer(Answer):
             if not isinstance(prompt, str) or self.request.echo:
                 raise Problem(400, "suffix: needs a prompt that is one text, and no echo", "suffix")
             return [fill_in_the_middle(tokenizer, prompt, self.request.suffix)]
-        if prompt == []:
-            raise Problem(400, "prompt: an empty list", "prompt")
-        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        listed: list[Any] = list(prompt) if several else [prompt]
-        prompts = [tokenizer(item)["input_ids"] if isinstance(item, str) else list(item) for item in listed]
-        if wrong := [token for one in prompts for token in one if not 0 <= token < self.engine.vocab_size]:
-            raise Problem(400, f"prompt: there is no token {wrong[0]}", "prompt")
+        prompts = as_tokens(prompt, tokenizer, self.engine.vocab_size, "prompt")
         # Nothing at all begins as documents do.
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [one or [begin] for one in prompts]

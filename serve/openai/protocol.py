@@ -1,11 +1,12 @@
 """OpenAI's protocol for text: what a request may say, what its answer looks like, and how a refusal does.
 
-Fields are those of OpenAI's reference (Completions, Chat, Models) and a few extensions that other servers share. What
-cannot be done is refused by name; what changes no answer (`user`, `metadata`, …) is taken and not used.
+Fields are those of OpenAI's reference (Completions, Chat, Embeddings, Models) and a few extensions that other servers
+share. What cannot be done is refused by name; what changes no answer (`user`, `metadata`, …) is taken and not used.
 """
 
 # Annotations are not postponed here: FastAPI reads those of classes that travel by value.
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -33,10 +34,33 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class Generation(Body):
-    """What both kinds of request share."""
+class Asked(Body):
+    """What all requests share."""
 
     model: str
+    user: str | None = None
+    """Taken and not used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unicode(cls, data: Any) -> Any:
+        """JSON can spell half a surrogate pair, which no tokenizer takes."""
+        try:
+            json.dumps(data, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text is not valid Unicode: {error.reason}") from error
+        return data
+
+
+class EmbeddingRequest(Asked):
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
+class Generation(Asked):
+    """What completions and chats share."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -51,23 +75,12 @@ class Generation(Body):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False
     """An extension: go on to `max_tokens`."""
-    user: str | None = None
-    """Taken and not used, as the next ones are."""
     metadata: dict[str, str] | None = None
+    """Taken and not used, as the next ones are."""
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unicode(cls, data: Any) -> Any:
-        """JSON can spell half a surrogate pair, which no tokenizer takes."""
-        try:
-            json.dumps(data, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"a text is not valid Unicode: {error.reason}") from error
-        return data
 
     @property
     def stops(self) -> list[str]:
@@ -154,6 +167,16 @@ class Problem(Exception):
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def model_card(name: str, length: int) -> dict[str, Any]:
+    """What `/v1/models` says of one. `length`: tokens of a request, its answer among them."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "heliostat", "max_model_len": length}
+
+
+def no_such_model(asked: str, names: Iterable[str]) -> Problem:
+    there = ", ".join(f"`{name}`" for name in names)
+    return Problem(404, f"The model `{asked}` does not exist; there is {there}", "model", "model_not_found")
 
 
 async def problem_response(request: Request, error: Exception) -> JSONResponse:

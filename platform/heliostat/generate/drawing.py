@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from heliostat.generate import Sampling, Token
+from heliostat.models.adapters import Adapter
 from heliostat.recipe import Refused
 
 ONE_LINE: dict[str, Any] = {"whitespace_flexible": False}
@@ -66,8 +67,11 @@ class Draw:
     """How the tokens of one request are drawn, and what was. It outlives the request's place in the cache, so copies of
     the request's state keep it: it has no copies."""
 
-    def __init__(self, sampling: Sampling, matcher: llguidance.LLMatcher | None) -> None:
-        self.sampling, self.matcher = sampling, matcher
+    def __init__(
+        self, sampling: Sampling, matcher: llguidance.LLMatcher | None, adapter: Adapter | None = None
+    ) -> None:
+        """`adapter`: what the request's tokens go through."""
+        self.sampling, self.matcher, self.adapter = sampling, matcher, adapter
         self.reports: list[Token] = []
         self._drawn: Counter[int] = Counter()
         self._generator = torch.Generator()

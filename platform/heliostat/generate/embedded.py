@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from heliostat.generate import EngineFailed, Sampling, Token
 from heliostat.generate.drawing import Draw, Draws, Grammars, end_ids, report
+from heliostat.models.adapters import Adapter, attach, begin, through
 
 PAGE_TOKENS = 32
 """Tokens of a request's last page that may stay empty."""
@@ -28,7 +29,16 @@ STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 class Scheduler(FIFOScheduler):
-    """Where the cache is full, no request is taken in until one has ended; one that was given up has ended, too."""
+    """Where the cache is full, no request is taken in until one has ended; one that was given up has ended, too. The
+    tokens of a step go through the adapters of their requests."""
+
+    def schedule_batch(
+        self, token_budget: int, cache_budget: int
+    ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        found = super().schedule_batch(token_budget, cache_budget)
+        # The thread that asks is the one that computes, and in this order.
+        begin([(each.state.logit_processor_kwargs["draw"].adapter, each.query_length) for each in found[0] or []])
+        return found
 
     def clear_cancelled_requests(self) -> list[RequestState]:
         cancelled = super().clear_cancelled_requests()
@@ -40,9 +50,17 @@ class Scheduler(FIFOScheduler):
 class EmbeddedEngine:
     """Greedy answers are those of `model.generate`, whoever shares the step."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, cache_tokens: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        cache_tokens: int,
+        threads: int | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+    ) -> None:
         """`cache_tokens`: keys and values kept, of all requests together. `threads`: processors of the engine (None: as
-        torch is set)."""
+        torch is set). `adapters`: by name, for `adapted`."""
         config = model.config.get_text_config()
         self.model, self.tokenizer, self._threads = model, tokenizer, threads
         pages = max(2, cache_tokens // PAGE_TOKENS)
@@ -51,6 +69,9 @@ class EmbeddedEngine:
         self._ends: list[int] | int = sorted(self.end_ids) or -1  # a model may have none
         self.vocab_size = config.vocab_size
         self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
+        self._adapter: Adapter | None = None
+        self._adapters = {name: adapter.to(next(model.parameters())) for name, adapter in (adapters or {}).items()}
+        attach(model, [*self._adapters.values()])
         # A model of its own around the same weights: for the time of a step, the manager changes what attention is, and
         # whoever uses the model meanwhile would get that, too.
         tensors = [*model.parameters(), *model.buffers()]
@@ -62,6 +83,8 @@ class EmbeddedEngine:
                 page_size=PAGE_TOKENS,
                 num_blocks=pages,
                 max_batch_tokens=STEP_TOKENS[model.device.type],
+                # Requests with one beginning share its keys and values, which each adapter has of its own.
+                allow_block_sharing=not self._adapters,
                 use_async_batching=False,
                 use_cuda_graph=False,  # a captured step would not draw anew
                 scheduler_type=SCHEDULER,
@@ -72,9 +95,15 @@ class EmbeddedEngine:
         self._manager.logit_processor = draws
         self._manager.start()
 
+    def adapted(self, name: str) -> EmbeddedEngine:
+        """The same engine, whose answers are those of the model with an adapter."""
+        found = copy.copy(self)
+        found._adapter = self._adapters[name]
+        return found
+
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
-        draw = Draw(sampling, matcher)
+        draw = Draw(sampling, matcher, self._adapter)
         name, outputs, sent = uuid.uuid4().hex, asyncio.Queue[Any](), 0
         manager, finished = self._manager, False
         manager.register_result_handler(name, outputs.put_nowait)
@@ -110,7 +139,8 @@ class EmbeddedEngine:
     def _score(self, ids: list[int], top: int) -> list[Token]:
         if self._threads:
             torch.set_num_threads(self._threads)
-        logits_TV = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0].float()
+        with through(self._adapter, len(ids)):
+            logits_TV = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0].float()
         tokens = [Token(ids[0])]
         return tokens + [report(logits_TV[i].log_softmax(-1), token, top) for i, token in enumerate(ids[1:])]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import heliostat
 from heliostat import card as cards
 from heliostat.card import BUNDLE_VERSION, CARD, digests
+from heliostat.models.adapters import FOLDER
 from heliostat.models.load import auto_class, transformers_config
 from heliostat.recipe import Recipe, build, write_atomically
 from heliostat.tasks import Task, get_task
@@ -70,7 +71,7 @@ def write(
     with torch.device("meta"):
         model = auto_class(task).from_config(config, dtype=torch.float32)
         if lora.rank:
-            from heliostat.models.lora import FOLDER, add_adapters, save_adapter
+            from heliostat.models.lora import add_adapters, save_adapter
 
             adapted = add_adapters(model, lora, set())
     model.load_state_dict(state, assign=True)
@@ -84,6 +85,7 @@ def write(
         model.save_pretrained(beside)
         if processor is not None:
             processor.save_pretrained(beside)
+        task.save(beside, config)
         files = digests(beside)
         card = {
             "version": BUNDLE_VERSION,

@@ -21,8 +21,6 @@ from heliostat.recipe import Lora, Refused, nearest
 
 ADAPTER = "default"
 """peft's name for the one adapter that a module has."""
-FOLDER = "adapter"
-"""Where a bundle holds the adapter by itself."""
 
 
 def add_adapters(model: Any, lora: Lora, new_parameters: set[str], seed: int = 0) -> LoraModel:

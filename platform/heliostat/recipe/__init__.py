@@ -94,8 +94,8 @@ class Recipe(Section):
     version: Literal[1] = RECIPE_VERSION
     name: str
     task: str
-    """`text_classification`, `image_classification`, `tabular_classification`, `language_model`, or `module:Class` of
-    your own."""
+    """`text_classification`, `image_classification`, `tabular_classification`, `language_model`, `text_embedding`, or
+    `module:Class` of your own."""
     seed: Seed = 0
     storage: str = "~/heliostat"
     """Where data, runs, the registry and results live: a folder that every node sees."""

@@ -73,6 +73,9 @@ class Deploy(Section):
     """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
     cache_tokens: Annotated[int, Field(ge=128)] = 16384
     """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], str] = {}
+    """Language models: bundles that were trained by `model.lora` on the one that is deployed, served beside it from its
+    weights. By name: clients ask for NAME:ADAPTER. JSON."""
 
     @model_validator(mode="after")
     def _replicas(self) -> Deploy:

@@ -7,6 +7,7 @@ Shapes: B rows of a micro-batch, T tokens, C classes, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ BUILT_IN = {
     "image_classification": "heliostat.tasks.image_classification:ImageClassification",
     "tabular_classification": "heliostat.tasks.tabular_classification:TabularClassification",
     "language_model": "heliostat.tasks.language_model:LanguageModel",
+    "text_embedding": "heliostat.tasks.text_embedding:TextEmbedding",
 }
 
 
@@ -116,6 +118,8 @@ class Task:
     metric: ClassVar[str] = "loss"
     """What is compared between models: by early stopping, search and gate."""
     higher_is_better: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
+    """What the names of parameters begin with that `outputs` does not depend on: a checkpoint may lack them."""
     train_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that `row_sums` gives in training too; evaluation reports all it gives."""
 
@@ -135,6 +139,11 @@ class Task:
     def choices(self) -> dict[str, list[Any]]:
         """Fields beside those of all tasks that a ready-made search tries, by path, with their values: preprocessing,
         or what the model's family leaves open. Cheap: no data, no weights."""
+        return {}
+
+    def pretrained_facts(self) -> dict[str, Any]:
+        """Facts of the pre-trained model that the recipe names, where it is served as it is. Raises Refused for one
+        that the task cannot serve."""
         return {}
 
     # -- from source rows to prepared rows
@@ -195,6 +204,9 @@ class Task:
         return {"loss": loss_sum / weight} | {name: value / weight for name, value in metric_sums.items()}
 
     # -- serving
+
+    def save(self, folder: Path, config: Any) -> None:
+        """Write into a bundle what other tools want to know beside the model. `config`: transformers' of the model."""
 
     def parse(self, inputs: list[dict[str, Any]]) -> pa.Table:
         """A request's inputs as source rows (without labels). Raises Refused, naming the input."""

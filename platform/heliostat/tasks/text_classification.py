@@ -75,18 +75,11 @@ class TextClassification(Task):
         return pa.table(columns)
 
     def collate(self, rows: Rows, train: bool, epoch: int = 0, length: int | None = None) -> Batch:
-        ids_BT = pad_lists(rows.column("input_ids"), self.facts["padding_id"], length)
-        lengths = torch.from_numpy(rows.column("length").to_numpy().astype(np.int64))
-        mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
+        inputs = padded_texts(rows, self.facts["padding_id"], length)
         targets = {}
         if "label" in rows.table.column_names:
             targets["labels"] = torch.from_numpy(rows.column("label").to_numpy().astype(np.int64))
-        return Batch(
-            {"input_ids": ids_BT, "attention_mask": mask_BT},
-            targets,
-            torch.from_numpy(rows.row_weight_B),
-            rows.sample_ids,
-        )
+        return Batch(inputs, targets, torch.from_numpy(rows.row_weight_B), rows.sample_ids)
 
     def model_config(self) -> dict[str, Any]:
         labels = self.facts["labels"]
@@ -102,10 +95,7 @@ class TextClassification(Task):
         return classification_sums(outputs, batch.targets["labels"], smoothing)
 
     def parse(self, inputs: list[dict[str, Any]]) -> pa.Table:
-        for i, item in enumerate(inputs):
-            if set(item) != {"text"} or not isinstance(item["text"], str) or not item["text"].strip():
-                raise Refused(f"inputs.{i}", 'each input is {"text": "…"} with a text that is not empty')
-        return pa.table({self.recipe.data.text_column: pa.array([item["text"] for item in inputs], pa.large_string())})
+        return texts_of(inputs, self.recipe.data.text_column)
 
     def predictions(self, outputs: Tensor, batch: Batch) -> list[dict[str, Any]]:
         return class_predictions(outputs, self.facts["labels"])
@@ -151,3 +141,18 @@ def tokenize(texts: list[str], tokenizer: Any, max_length: int, truncation: str)
     whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
     tail = max_length // 2
     return [ids if len(ids) <= max_length else ids[: max_length - tail] + ids[-tail:] for ids in whole]
+
+
+def texts_of(inputs: list[dict[str, Any]], column: str) -> pa.Table:
+    """A request's texts as source rows. Raises Refused for what is none."""
+    for i, item in enumerate(inputs):
+        if set(item) != {"text"} or not isinstance(item["text"], str) or not item["text"].strip():
+            raise Refused(f"inputs.{i}", 'each input is {"text": "…"} with a text that is not empty')
+    return pa.table({column: pa.array([item["text"] for item in inputs], pa.large_string())})
+
+
+def padded_texts(rows: Rows, padding_id: int, length: int | None = None) -> dict[str, Tensor]:
+    """What an encoder takes of prepared texts, (B, T) each."""
+    ids_BT = pad_lists(rows.column("input_ids"), padding_id, length)
+    lengths_B = torch.from_numpy(rows.column("length").to_numpy().astype(np.int64))
+    return {"input_ids": ids_BT, "attention_mask": (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()}
