@@ -21,7 +21,9 @@ NOTES = "plain.jsonl"
 def restart_s(recipe: Recipe, prepared: Path, folder: Path, *, steps: int, every_steps: int, kill_step: int) -> float:
     """Seconds from the kill of a worker until the others and its successor have the checkpoint and begin a step."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from heliostat.launch.backend import torch_config
 
     folder.mkdir(parents=True)
     use_gpu, resources = worker_resources(recipe)
@@ -35,7 +37,7 @@ def restart_s(recipe: Recipe, prepared: Path, folder: Path, *, steps: int, every
             "every_steps": every_steps,
             "kill_step": kill_step,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=torch_config(use_gpu),
         scaling_config=ScalingConfig(
             num_workers=recipe.parallelism.workers,
             use_gpu=use_gpu,

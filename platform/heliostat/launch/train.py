@@ -105,7 +105,9 @@ def fit(
 
     The first Ctrl-C or SIGTERM lets the run write a checkpoint and end; a second one ends at once."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from heliostat.launch.backend import torch_config
 
     started = time.time()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def fit(
             "lineage": lineage or {},
             "fault": fault,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=torch_config(use_gpu),
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="train",

@@ -83,7 +83,9 @@ class Training:
     def _on_workers(self, recipe: Recipe, prepared: Path, run_dir: Path) -> dict[str, Any]:
         import ray
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from heliostat.launch.backend import torch_config
 
         failing: dict[str, Any] = {
             "failure_config": FailureConfig(max_failures=recipe.checkpoint.max_failures),
@@ -100,7 +102,7 @@ class Training:
                 "stopped": str(stopped),
                 "use_gpu": self.use_gpu,
             },
-            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
+            torch_config=torch_config(self.use_gpu),
             scaling_config=ScalingConfig(
                 num_workers=recipe.parallelism.workers,
                 use_gpu=self.use_gpu,
