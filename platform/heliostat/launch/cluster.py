@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from heliostat.hardware import free_port, this_machine
 from heliostat.launch.recording import recorded_workers
-from heliostat.placement import check_placement, logical_cpus
+from heliostat.placement import Node, at_largest, check_placement, logical_cpus
 from heliostat.recipe import Recipe, Refused, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,6 +36,9 @@ NODES = "HELIOSTAT_NODES"
 """The variable by which the scheduler says where a run's workers go: their nodes' ids in Ray, with commas."""
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 """Ray's variable for the port of a cluster that `ray.init` starts."""
+HEAD = "node:__internal_head__"
+"""The resource that only a cluster's head has."""
+AUTOSCALING = "--autoscaling-config="
 KEPT_SESSION = "ray.session"
 """In the storage folder: the Ray session that a kept cluster runs and its address, for whoever ends it."""
 SESSION_FLAG = "--session-dir="
@@ -93,8 +99,9 @@ def connect(recipe: Recipe, address: str = "", keep: bool = False) -> Iterator[N
         else:  # submitted: the job came with its address and environment
             ray.init(**options)
         if not local:
-            resources = ray.cluster_resources()
-            check_placement(recipe, resources.get("CPU", 0), resources.get("GPU", 0), "the cluster")
+            most = capacity()
+            where = "the cluster" if most == present() else "the cluster at its largest"
+            check_placement(recipe, most.cpus, most.gpus, where)
         with recorded_workers():
             yield
     finally:
@@ -112,6 +119,49 @@ def connect_to_kept_cluster(storage: Path, options: dict[str, Any]) -> None:
     node: Any = ray._private.worker._global_node  # Ray has no public name for its session
     storage.mkdir(parents=True, exist_ok=True)
     write_atomically(storage / KEPT_SESSION, f"{Path(node.get_session_dir_path()).name} {address}")
+
+
+def present() -> Node:
+    """What the nodes of the connected cluster have."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return Node(resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def capacity() -> Node:
+    """What the nodes of the connected cluster have or, where an autoscaler may add nodes, could have at most; infinite
+    where that cannot be told."""
+    import ray
+
+    # Ray has no public name for an autoscaler's limits. They are in the file that it was started with, on the head.
+    context = ray.get_runtime_context()
+    (head,) = (node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
+    client = ray._private.worker._global_node is None  # it is elsewhere, though it is told the head's id
+    if head["NodeID"] == context.get_node_id() and not client:
+        running, config = _autoscaler(context.gcs_address)
+    else:
+        there = ray.remote(_autoscaler).options(num_cpus=0, resources={HEAD: 0.001})
+        running, config = ray.get(there.remote(context.gcs_address))
+    if not running:  # not there, but elsewhere, as on Kubernetes
+        return Node(math.inf, math.inf)
+    if config is None:
+        return present()
+    return at_largest(config, present(), sum(node["Alive"] for node in ray.nodes()))
+
+
+def _autoscaler(address: str) -> tuple[bool, dict[str, Any] | None]:
+    """On the head: whether the cluster's monitor runs here, and what it was told about nodes that it may add."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"--gcs-address={address}" in words and any(Path(word).name == "monitor.py" for word in words):
+            for word in words:
+                if word.startswith(AUTOSCALING):
+                    return True, yaml.safe_load(Path(word.removeprefix(AUTOSCALING)).expanduser().read_text())
+            return True, None
+    return False, None
 
 
 def start_local_cluster(options: dict[str, Any]) -> None:

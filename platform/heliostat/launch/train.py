@@ -14,7 +14,7 @@ from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
 from heliostat.energy import joules
-from heliostat.launch.cluster import NODES
+from heliostat.launch.cluster import NODES, capacity, present
 from heliostat.models.flops import peak_flops, published_peak_flops
 from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
@@ -206,12 +206,11 @@ def gauges(run: str, recipe: Recipe, on_gpus: bool, peak_flops: float | None) ->
 
 def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:
     """Whether workers get GPUs of the connected cluster, and what each asks of it."""
-    import ray
-
     parallelism = recipe.parallelism
     use_gpu = parallelism.use_gpu
     if use_gpu is None:
-        gpus = ray.cluster_resources().get("GPU", 0)
+        most = capacity().gpus  # of a cluster that has given its workers back, too
+        gpus = most if math.isfinite(most) else present().gpus
         use_gpu = gpus >= (parallelism.min_workers or parallelism.workers)
     return use_gpu, parallelism.worker_resources(use_gpu)
 
