@@ -50,8 +50,12 @@ def test_cluster_file_is_valid(schema: dict[str, object], file: str) -> None:
 def test_siblings_share_what_can_be_shared(file: str) -> None:
     first, sibling = read(FILES[0]), read(file)
     if file == "cluster.local.yaml":
-        head = sibling["head_start_ray_commands"]
-        head[-1] = head[-1].replace("RAY_enable_autoscaler_v2=0 ", "")
+        for role, extra in (
+            ("head", "RAY_enable_autoscaler_v2=0 AUTOSCALER_NODE_START_WAIT_S=2592000 "),
+            ("worker", " || true"),
+        ):
+            commands = sibling[f"{role}_start_ray_commands"]
+            commands[-1] = commands[-1].replace(extra, "")
     assert {key: sibling[key] for key in SHARED} == {key: first[key] for key in SHARED}
     own = {"provider", "auth", "head_setup_commands"}
     if "available_node_types" in sibling:
