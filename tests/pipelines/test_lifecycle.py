@@ -62,10 +62,14 @@ def weak_champion(recipe_file: Path) -> Path:
     return recipe_file
 
 
+@pytest.fixture(scope="module")
+def first(weak_champion: Path) -> dict[str, Any]:
+    """The answer of the recipe's life."""
+    return ok(run("lifecycle", str(weak_champion))).answer
+
+
 @pytest.mark.timeout(1200)
-def test_lifecycle(weak_champion: Path, tmp_path: Path) -> None:
-    recipe_file = weak_champion
-    first = ok(run("lifecycle", str(recipe_file))).answer
+def test_a_better_challenger_is_promoted_and_nothing_is_done_twice(first: dict[str, Any], weak_champion: Path) -> None:
     assert first["promoted"] is True, first["gate"]
     assert first["champion"] == first["version"] == 2
     assert first["gate"]["lower_bound"] > 0
@@ -79,37 +83,30 @@ def test_lifecycle(weak_champion: Path, tmp_path: Path) -> None:
     assert best.model.max_length in (40, 44)
     assert card["data"]["fingerprint"] == prepared(best).fingerprint, "rows as the search's winner had them"
 
-    again = ok(run("lifecycle", str(recipe_file))).answer
+    again = ok(run("lifecycle", str(weak_champion))).answer
     unchanged = {row["stage"] for row in again["stages"] if row["unchanged"]}
     assert unchanged == {"tune", "train", "evaluate"}
     assert again["champion"] == 2
     assert again["metrics"] == first["metrics"]
 
-    worse = ok(
-        run(
-            "lifecycle",
-            str(recipe_file),
-            "--schedule.max-steps",
-            "1",
-            "--tune.space",
-            "{}",
-            "--optimizer.lr",
-            "1e-6",
-            "--seed",
-            "0",
-        )
-    ).answer
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_worse_challenger_is_not_and_the_champion_is_what_jobs_take(
+    first: dict[str, Any], weak_champion: Path, tmp_path: Path
+) -> None:
+    nothing = ["--schedule.max-steps", "1", "--tune.space", "{}", "--optimizer.lr", "1e-6", "--seed", "0"]
+    worse = ok(run("lifecycle", str(weak_champion), *nothing)).answer
     assert worse["promoted"] is False
     assert worse["champion"] == 2, "the champion stays and is what is deployed"
 
-    # The champion is what the other jobs take.
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("sun salt mirror", "noon shade cloud")))
-    predicted = ok(run("predict", str(recipe_file), "--input", str(texts))).answer
+    predicted = ok(run("predict", str(weak_champion), "--input", str(texts))).answer
     table = pq.read_table(predicted["predictions"])
     assert table.num_rows == 2
     assert set(table.column("predicted_label").to_pylist()) <= {"dark", "bright"}
-    evaluated = ok(run("evaluate", str(recipe_file))).answer
+    evaluated = ok(run("evaluate", str(weak_champion))).answer
     assert evaluated["metrics"]["test.accuracy"] == pytest.approx(first["metrics"]["test.accuracy"])
 
 
