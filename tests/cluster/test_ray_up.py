@@ -1,0 +1,106 @@
+"""`ray up` on hosts of our own: a job trains over two, one loses its power and comes back, a whole life of a model
+ends in an endpoint, and `ray down` leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heliostat.curves import METRICS_FILE, read_metrics
+from heliostat.models import bundle as bundles
+from heliostat.recipe import Recipe, override
+from heliostat.registry import promote, register
+from heliostat.train.folder import LEDGER
+from heliostat.train.loop import train
+from tests import needs
+from tests.cluster.lab import SUBMIT, WAIT_S, Lab, lab
+from tests.recipes import prepared, tiny_bert
+
+ENDLESS = 1_000_000
+
+
+def train_through_a_power_cut(lab: Lab, recipe: Recipe) -> dict[str, Any]:
+    """The answer of a run that is stopped once it has grown again."""
+    recipe = override(
+        recipe,
+        {
+            "schedule.max_steps": ENDLESS,
+            "training.evaluate_every_steps": ENDLESS,
+            "training.micro_batch_size": 4,
+            "checkpoint.every_steps": 50,
+            "parallelism.workers": 2,
+            "parallelism.min_workers": 1,
+            "recovery.grow_every_s": 3.0,
+        },
+    )
+    file, run_dir = lab.room.shared / "endless.json", recipe.storage_path / "runs" / "endless"
+    recipe.save(file)
+
+    def attempts() -> list[int]:
+        """Their workers."""
+        return [json.loads(each.read_text())["workers"] for each in sorted((run_dir / LEDGER).glob("attempt-*.json"))]
+
+    def step() -> int:
+        return max((record["step"] for record in read_metrics(run_dir / METRICS_FILE)), default=0)
+
+    words = ["python", "-m", "pipelines.train", file, "--run-name", "endless"]
+    job = lab.start(*SUBMIT, "--submission-id", "endless", "--", *words)
+    lost = lab.room.hosts[-1]
+    job.wait_for(lambda: step() > 60, "steps on two hosts")
+    lab.room.cut(lost)
+    job.wait_for(lambda: attempts() == [2, 1], "an attempt on the host that is left")
+    reached = step()
+    job.wait_for(lambda: step() > reached + 30, "steps on one host")
+    lab.room.boot(lost)  # and nobody types anything
+    job.wait_for(lambda: attempts() == [2, 1, 2], "an attempt on two hosts again")
+    reached = step()
+    job.wait_for(lambda: step() > reached + 30, "steps on two hosts again")
+    lab.start("ray", "job", "stop", "endless").wait_for((run_dir / "result.json").is_file, "the answer")
+    records = [record["step"] for record in read_metrics(run_dir / METRICS_FILE) if "loss" in record]
+    assert records == list(range(1, len(records) + 1))
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def weak_champion(recipe: Recipe, folder: Path) -> None:
+    """Registers a model that has hardly learned."""
+    weak = override(recipe, {"schedule.max_steps": 1, "optimizer.lr": 1e-6})
+    outcome = train(weak, prepared(weak).folder, folder)
+    promote(recipe, register(recipe, bundles.read(Path(outcome["bundle"])), None))
+
+
+@needs.hosts
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_cluster_from_up_to_down() -> None:
+    with lab() as there:
+        recipe = tiny_bert(there.room.shared, **{"schedule.max_steps": 150, "optimizer.lr": 2e-3})
+        recipe.save(there.room.shared / "recipe.json")
+        weak_champion(recipe, there.room.shared / "weak")
+        there.up()
+        there.wait_for_nodes()
+        with there.tunnel():
+            answer = train_through_a_power_cut(there, recipe)
+            assert answer["status"] == "interrupted"
+            assert [each["workers"] for each in answer["ledger"]["by_attempt"]] == [2, 1, 2]
+            life = there.type(*SUBMIT, "--", "python", "-m", "pipelines.lifecycle", there.room.shared / "recipe.json")
+            (line,) = re.findall(r'^{"job": .*$', life, re.MULTILINE)
+            assert json.loads(line)["promoted"], line
+
+        question = json.dumps({"inputs": [{"text": "sun salt mirror"}, {"text": "cloud noon shade"}]})
+        ask = f"curl -s 127.0.0.1:8000/predict -H 'content-type: application/json' -d '{question}'"
+        (said,) = re.findall(r'{"predictions".*}', there.type("ray", "exec", there.file, ask))
+        assert [each["label"] for each in json.loads(said)["predictions"]] == ["dark", "bright"]
+
+        there.type("ray", "down", "--yes", there.file)
+        for host in there.room.hosts[1:]:  # as docs/cluster.md says
+            subprocess.run(host.inside("bash", "-ic", "ray stop"), check=False)  # what counts is what it leaves
+        deadline = time.monotonic() + WAIT_S
+        while left := [line for host in there.room.hosts for line in host.processes() if "ray" in line]:
+            assert time.monotonic() < deadline, left
+            time.sleep(1)
