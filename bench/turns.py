@@ -1,5 +1,5 @@
-"""Training loops that take their steps in turn, A B C A B C …, in one process: whatever else the machine does meets
-them all alike, which it does not where one runs to its end before the next begins."""
+"""Training loops that take their steps, or a few at once, in turn, A B C A B C …, in one process: whatever else the
+machine does meets them all alike, which it does not where one runs to its end before the next begins."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 WARM_UP = 3
-"""Steps that are not counted."""
+"""Turns that are not counted."""
 
 
-def in_turn(ways: Mapping[str, Callable[[Callable[[], None]], object]]) -> dict[str, list[float]]:
-    """CPU seconds of the process, by way and step, the first ones and the last left out. Each way runs in a thread of
-    its own and gets a function that it calls where a step begins. The error of one is raised."""
-    turns = _Turns(list(ways))
+def in_turn(ways: Mapping[str, Callable[[Callable[[], None]], object]], steps: int = 1) -> dict[str, list[float]]:
+    """CPU seconds of the process for a step, by way and turn, the first turns and the last left out. Each way runs in
+    a thread of its own and gets a function that it calls where a step begins. The error of one is raised.
+
+    A turn is so many steps. Where it is more than one, its first is not counted: the others' code has just been in the
+    processor's caches, which is most of what a step of a few milliseconds would be seen to take.
+    """
+    turns = _Turns(list(ways), steps)
 
     def run(name: str) -> None:
         try:
@@ -31,21 +35,25 @@ def in_turn(ways: Mapping[str, Callable[[Callable[[], None]], object]]) -> dict[
 
 
 class _Turns:
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], steps: int) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
-        self._order, self._begun = names, dict[str, float]()
+        self._order, self._steps = names, steps
+        self._made, self._begun = dict.fromkeys(names, -1), dict[str, float]()
         self._changed = threading.Condition()
 
     def begin(self, name: str) -> None:
-        """Ends the step before, and waits until all others have made one."""
+        """Ends the step before and, with it, perhaps the turn; then waits until all others have had theirs."""
         now = time.process_time()
-        with self._changed:
-            if name in self._begun:
-                self.seconds[name].append(now - self._begun[name])
-                self._order.remove(name)
-                self._order.append(name)
-                self._changed.notify_all()
-            self._changed.wait_for(lambda: self._order[0] == name)
+        self._made[name] += 1
+        if self._made[name] % self._steps == 0:
+            with self._changed:
+                if self._made[name]:
+                    self.seconds[name].append((now - self._begun[name]) / max(1, self._steps - 1))
+                    self._order.remove(name)
+                    self._order.append(name)
+                    self._changed.notify_all()
+                self._changed.wait_for(lambda: self._order[0] == name)
+        if self._made[name] % self._steps == min(1, self._steps - 1):
             self._begun[name] = time.process_time()
 
     def leave(self, name: str) -> None:
@@ -55,8 +63,8 @@ class _Turns:
 
 
 def compared(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
-    """Quartiles of the ratios of steps that were made side by side, and the median of what `one` takes longer, in
-    milliseconds."""
+    """Quartiles of the ratios of turns that were had side by side, and the median of what `one` takes longer for a
+    step, in milliseconds."""
     pairs = list(zip(seconds[one], seconds[other], strict=True))
     low, median, high = statistics.quantiles([a / b for a, b in pairs], n=4)
     added = statistics.median(1000 * (a - b) for a, b in pairs)

@@ -22,12 +22,14 @@ import torch
 
 from heliostat.hardware import free_port
 from heliostat.launch.cluster import KEPT_SESSION, nodes_file
+from heliostat.launch.gauges import exported
 from heliostat.launch.train import fit
 from heliostat.launch.tune.search import search
 from heliostat.monitor.dashboards import DASHBOARDS, SERVING, Dashboard, Panel, render
 from heliostat.recipe import Deploy, Refused, override
 from heliostat.train.folder import STOP_FILE
 from heliostat.train.loop import train
+from heliostat.train.pulse import Pulse
 from pipelines import drift
 from pipelines.job import Job, Options
 from serve.application import deploy
@@ -236,3 +238,16 @@ def check_numbers(prometheus: Prometheus, searched: dict[str, Any], tokens: dict
     assert 0 < last("joules") == pytest.approx(3.6e6 * searched["spent"]["kwh"])
     served = 'sum(ray_heliostat_serve_tokens_total{application="watched",kind="%s"})'
     assert until(lambda: {kind: shown(served % kind) for kind in tokens} == tokens)
+
+
+@pytest.mark.slow
+@needs.promtool
+def test_a_run_that_makes_no_steps_is_seen_until_it_ends(prometheus: Prometheus, tmp_path: Path) -> None:
+    steps = 'ray_heliostat_train_step{run="still"}'
+    pulse = Pulse(1, 7, {"step": 2.5}, {}, 0.0, None, time.time(), 0, 2.5, 2.5)
+    with exported("still", recipes.tiny_llama(tmp_path), False, None) as observe:
+        observe(pulse)
+        assert until(lambda: [value for _, value in prometheus.now(steps)] == [7])
+        time.sleep(45)  # Ray forgets after 20 s, and tells every 10 s
+        assert [value for _, value in prometheus.now(steps)] == [7]
+    assert until(lambda: prometheus.now(steps) == [])

@@ -89,6 +89,26 @@ def test_steps_are_made_in_turn_and_each_is_timed_for_itself() -> None:
     assert found["added_ms"] == pytest.approx(20, rel=0.2)
 
 
+def test_the_first_of_several_steps_a_turn_is_not_counted() -> None:
+    made: list[str] = []
+
+    def loop(name: str) -> Callable[[Callable[[], None]], None]:
+        def steps(begin: Callable[[], None]) -> None:
+            for step in range(15):
+                begin()
+                made.append(name)
+                end = time.process_time() + (0.05 if step % 3 == 0 else 0.01)
+                while time.process_time() < end:
+                    pass
+
+        return steps
+
+    seconds = in_turn({"one": loop("one"), "other": loop("other")}, steps=3)
+    assert made == 5 * [*3 * ["one"], *3 * ["other"]]
+    assert [len(values) for values in seconds.values()] == [1, 1]
+    assert seconds["one"] == pytest.approx([0.01], rel=0.2)
+
+
 def test_a_loop_that_fails_keeps_nobody_waiting() -> None:
     def fails(begin: Callable[[], None]) -> None:
         begin()

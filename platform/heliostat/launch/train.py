@@ -8,13 +8,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from heliostat.curves import METRICS_FILE, read_all_metrics, read_metrics
-from heliostat.energy import joules
 from heliostat.launch.cluster import NODES, capacity, present
+from heliostat.launch.gauges import exported
 from heliostat.models.flops import peak_flops, published_peak_flops
 from heliostat.models.precision import computes_in_bfloat16
 from heliostat.recipe import Recipe, Refused, build, override, write_atomically
@@ -26,7 +25,6 @@ from heliostat.train.folder import CHECKPOINT_FAULTS_FILE, LEDGER, OUTCOME_FILE,
 from heliostat.train.guard import read_bad_steps
 from heliostat.train.loop import train
 from heliostat.train.notes import read_notes
-from heliostat.train.pulse import Pulse
 
 PLACEMENT_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
 """Ray Train's setting for runs that take the workers there are. It may count on a node that is gone already, and would
@@ -51,17 +49,18 @@ def _worker(config: dict[str, Any]) -> None:
         dtype = torch.bfloat16 if computes_in_bfloat16(recipe.training.precision, device) else torch.float32
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
         published = published_peak_flops(name)
-        outcome = train(
-            recipe,
-            Path(config["prepared"]),
-            run_dir,
-            resume=Path(config["resume"]) if config["resume"] else None,
-            lineage=config["lineage"],
-            watch=True,
-            fault=config["fault"],
-            notice=_taken_away,
-            observe=gauges(run_dir.name, recipe, device.type == "cuda", published and workers * published),
-        )
+        with exported(run_dir.name, recipe, device.type == "cuda", published and workers * published) as observe:
+            outcome = train(
+                recipe,
+                Path(config["prepared"]),
+                run_dir,
+                resume=Path(config["resume"]) if config["resume"] else None,
+                lineage=config["lineage"],
+                watch=True,
+                fault=config["fault"],
+                notice=_taken_away,
+                observe=observe,
+            )
         if ray.train.get_context().get_world_rank() == 0:
             peak, known = peak_flops(device, dtype)
             outcome |= {"peak_flops": peak, "peak_flops_are": known}
@@ -162,46 +161,6 @@ def fit(
     if recipe.data.log_samples:
         samples.collect(run_dir, recipe)
     return outcome | report(run_dir, started, outcome)
-
-
-def gauges(run: str, recipe: Recipe, on_gpus: bool, peak_flops: float | None) -> Callable[[Pulse], None]:
-    """What Ray exports to Prometheus of a run, each name with `ray_` before it. `recipe`: with the workers there are;
-    `peak_flops`: a second, of all of them; None where it is not published."""
-    from ray.util.metrics import Gauge
-
-    labels, workers = ("run", "attempt"), recipe.parallelism.workers
-
-    def gauge(name: str, of: str, *more: str) -> Gauge:
-        return Gauge(f"heliostat_train_{name}", of, (*labels, *more))
-
-    seconds_by_class = gauge("seconds", "Of an attempt, by the ledger's class", "class")
-    reached = gauge("step", "The optimizer step an attempt has reached")
-    tokens = gauge("tokens", "Of an attempt's steps so far")
-    loss = gauge("loss", "Mean over the last global batch; not a number where the step was bad")
-    grad_norm = gauge("grad_norm", "Of the last step, before clipping")
-    checkpoint = gauge("last_checkpoint_time_s", "When the last checkpoint was complete, else the attempt's beginning")
-    bad_steps = gauge("bad_steps", "Steps of the run whose loss or gradient was not finite, or whose loss spiked")
-    energy = gauge("joules", "Estimated, of all workers in the loop, from what the first one has taken")
-    flops_per_token = gauge("flops_per_token", "Of the forward and the backward pass")
-    peak = gauge("peak_flops_per_s", "Of all workers, as published")
-
-    def observe(pulse: Pulse) -> None:
-        tags = {"run": run, "attempt": str(pulse.attempt)}
-        reached.set(pulse.step, tags)
-        for name, value in pulse.seconds.items():
-            seconds_by_class.set(value, tags | {"class": name})
-        checkpoint.set(pulse.checkpoint, tags)
-        bad_steps.set(pulse.bad_steps, tags)
-        energy.set(workers * joules(recipe.energy, pulse.loop_cpu_s, pulse.loop_s * on_gpus), tags)
-        if pulse.figures:
-            loss.set(pulse.figures["loss"], tags)
-            grad_norm.set(pulse.figures["grad_norm"], tags)
-            tokens.set(pulse.tokens, tags)
-        if pulse.flops_per_token and peak_flops:
-            flops_per_token.set(pulse.flops_per_token, tags)
-            peak.set(peak_flops, tags)
-
-    return observe
 
 
 def worker_resources(recipe: Recipe) -> tuple[bool, dict[str, float]]:

@@ -203,6 +203,8 @@ class Run:
         pending: tuple[int, StepResult, float] | None = None
         self.parallel.runs.train()  # a pre-trained model comes in evaluation mode, without its dropout
         self._began = time.perf_counter(), time.process_time()
+        if self.first:
+            self.observe(self._pulse())  # the first step may take minutes, where it compiles
         while progress.step < self.total:
             with ledger("input"):
                 batches = next(batches_by_step)
@@ -266,7 +268,7 @@ class Run:
         return Pulse(
             self.ledger.attempt,
             self.progress.step,
-            self.ledger.seconds,
+            dict(self.ledger.seconds),
             self.figures,
             self.tokens,
             self.flops_per_token,
