@@ -23,17 +23,18 @@ def sentiment() -> Recipe:
             name="packaged:minilm",
             max_length=160,
             config={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
+            freeze_layers=3,  # of six: a third less work, and on so few reviews no worse
         ),
         data=Data(
             train="packaged:reviews/train", test="packaged:reviews/test", validation_fraction=0.2, bucket_batches=40
         ),
         optimizer=Optimizer(lr=6e-5, head_lr_scale=5.0),
-        schedule=Schedule(epochs=2),
+        schedule=Schedule(epochs=1.5),
         training=Training(global_batch_size=16, micro_batch_size=8, precision="auto", label_smoothing=0.1),
         parallelism=Parallelism(workers=2),
         tune=Tune(
             num_trials=4,
-            limit=480,
+            limit=400,
             reports=2,
             objectives=["loss"],  # so few steps find the majority's accuracy, whatever the learning rate
             space={"optimizer.lr": LogUniform(low=4e-5, high=1.2e-4)},
@@ -47,6 +48,7 @@ def topics() -> Recipe:
     return base.model_copy(
         update={
             "name": "topics",
+            "model": base.model.model_copy(update={"freeze_layers": 0}),
             "data": Data(train="packaged:newsgroups/train", test="packaged:newsgroups/test", bucket_batches=40),
             "schedule": Schedule(epochs=3),
         }
