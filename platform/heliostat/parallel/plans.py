@@ -15,6 +15,7 @@ from heliostat.parallel.conv1d import Conv1DColwise, Conv1DRowwise, Divided
 from heliostat.parallel.sequence import FIELD as SEQUENCE
 from heliostat.parallel.sequence import POSITIONS, GatherPositions
 from heliostat.planner.plans import (
+    CONV1D,
     CONV1D_COLWISE,
     CONV1D_QKV,
     CONV1D_ROWWISE,
@@ -28,8 +29,6 @@ from heliostat.planner.plans import (
     stage_bounds,
 )
 from heliostat.recipe import Parallelism, PipelineSchedule, Refused
-
-CONV1D = (CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE)
 
 
 def tensor_plan(

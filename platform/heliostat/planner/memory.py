@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from heliostat.planner.plans import (
-    CONV1D_COLWISE,
-    CONV1D_QKV,
+    CONV1D,
     CONV1D_ROWWISE,
     EXPERT_SHARD,
     local_stages,
@@ -194,7 +193,7 @@ def _split(shape: ModelShape, parameter: Parameter, parallelism: Parallelism) ->
         axis = None if lora == "lora_A" else 0
     elif style == "rowwise":
         axis = None if lora == "lora_B" or len(parameter.shape) == 1 else 1
-    elif style in (CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE) and len(parameter.shape) == 2:
+    elif style in CONV1D and len(parameter.shape) == 2:
         axis = 0 if style == CONV1D_ROWWISE else 1
     else:
         axis = None

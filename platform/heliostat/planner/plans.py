@@ -14,7 +14,7 @@ EXPERT_PARAMETERS = ("packed_colwise", "colwise", "rowwise")
 """Its names for how the experts' parameters, stacked along their first axis, are sliced. Packed: gate and up in one."""
 EXPERT_SHARD, EXPERT_MODULE = "grouped_gemm", "ep_dispatch_experts"
 """Its names for the styles of expert parameters, stacked along their first axis, and of what holds them."""
-CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE = "conv1d_colwise", "conv1d_qkv_colwise", "conv1d_rowwise"
+CONV1D = CONV1D_COLWISE, CONV1D_QKV, CONV1D_ROWWISE = "conv1d_colwise", "conv1d_qkv_colwise", "conv1d_rowwise"
 """Our names for matrices that are kept as (inputs, outputs), transformers' Conv1D. Their biases stay whole. QKV: three
 matrices side by side, each of which is split."""
 DIVIDED = "divided"
