@@ -35,6 +35,7 @@ def sentiment() -> Recipe:
         tune=Tune(
             num_trials=4,
             limit=400,
+            validation_limit=200,
             reports=2,
             objectives=["loss"],  # so few steps find the majority's accuracy, whatever the learning rate
             space={"optimizer.lr": LogUniform(low=4e-5, high=1.2e-4)},

@@ -70,6 +70,7 @@ def test_trial_recipe(recipe: Recipe) -> None:
     assert (trial.parallelism.workers, trial.parallelism.fsdp, trial.training.micro_batch_size) == (1, 1, 12)
     assert (trial.schedule.epochs, trial.schedule.max_steps) == (5, None)
     assert trial.data.limit == 64, "a trial never sees more than the recipe does"
+    assert trial_recipe(override(recipe, {"tune.validation_limit": 5}), {}, rows=50).data.validation_limit == 5
     assert trial.training.early_stopping_patience == 0
     # 50 rows are 5 batches of 12; 25 steps are evaluated after 7, 14, 21 and at the end.
     assert trial.training.evaluate_every_steps == 7

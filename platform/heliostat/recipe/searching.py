@@ -68,6 +68,8 @@ class Tune(Section):
     folder. Its password comes from PGPASSWORD or ~/.pgpass."""
     limit: PositiveInt | None = None
     """Training rows of a trial."""
+    validation_limit: PositiveInt | None = None
+    """Validation rows of its evaluations, of which a short trial may have more to do than of its steps."""
     epochs: PositiveFloat = 1.0
     reports: PositiveInt = 4
     """Evaluations of a full-length trial; ASHA may stop it at each."""

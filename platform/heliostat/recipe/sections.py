@@ -76,6 +76,8 @@ class Data(Section):
     """Of a table of numbers. Empty: every column of numbers but the label."""
     limit: PositiveInt | None = None
     """Train on this many rows (a fixed random choice, of each source in proportion): short trials, smoke tests."""
+    validation_limit: PositiveInt | None = None
+    """Evaluate on so many of the validation rows while training (a fixed random choice)."""
     sequence_length: PositiveInt = 512
     """Tokens a row of a language model's training data holds."""
     bucket_batches: Count = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from heliostat.data.loader import Cursor, Loader, open_split
+from heliostat.data.order import Order, Source
 from heliostat.data.prepare import Prepared
 from heliostat.parallel.context import padded_length, split_batch
 from heliostat.parallel.mesh import Layout
@@ -42,6 +43,9 @@ class Batches:
 
 def validation_loader(recipe: Recipe, prepared: Prepared, layout: Layout) -> Loader:
     """Sorted by length, and in batches that every rank has a share of."""
-    table = open_split(prepared.folder, "validation").sort_by("length")
+    table, limit = open_split(prepared.folder, "validation"), recipe.data.validation_limit
+    if limit is not None and limit < table.num_rows:
+        table = table.take(Order([Source(table.num_rows)], 0, limit).rows(0, 0, limit))
+    table = table.sort_by("length")
     at_once = 4 if recipe.parallelism.pipeline == 1 else recipe.parallelism.pipeline
     return Loader(table, 0, recipe.training.micro_batch_size * layout.replicas * at_once, shuffle=False)

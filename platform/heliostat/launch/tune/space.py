@@ -143,6 +143,7 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], rows: int) -> Recipe:
         recipe,
         {
             "data.limit": limit,
+            "data.validation_limit": recipe.tune.validation_limit or recipe.data.validation_limit,
             "schedule.epochs": recipe.tune.epochs,
             "schedule.max_steps": None,
             "training.early_stopping_patience": 0,
