@@ -77,8 +77,8 @@ def replicas() -> int:
 
 
 def processes() -> list[psutil.Process]:
-    """Of Serve: controller, proxy, replicas."""
-    titles = ("ray::ServeController", "ray::ProxyActor", f"ray::ServeReplica:{NAME}:")
+    """Of Serve: controller, proxies, replicas."""
+    titles = ("ray::ServeController", "ray::HAProxyManager", "ray::ProxyActor", f"ray::ServeReplica:{NAME}:")
     return [each for each in psutil.Process().children(recursive=True) if " ".join(each.cmdline()).startswith(titles)]
 
 
@@ -135,7 +135,7 @@ def soak(client: ProcessPoolExecutor, url: str, seconds: float) -> dict[str, Any
     settled = [(at, by_kind) for at, by_kind in memory if at > seconds / 4]
     growth = {
         kind: round(60 * float(np.polyfit([at for at, _ in settled], [each[kind] for _, each in settled], 1)[0]), 3)
-        for kind in ("ServeController", "ProxyActor")
+        for kind in ("ServeController", "HAProxyManager", "ProxyActor")
     }
     return {
         "load": "soak",

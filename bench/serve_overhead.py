@@ -5,9 +5,15 @@
     serve       a bare Ray Serve deployment: the predictor called in the handler, no batching, no limits
     uvicorn     the same bare application in a process of its own: no Ray at all
 
+and then what it costs without one, by a route that does nothing:
+
+    trivial     `/healthz` of that application, which asks for keys
+    bare        the same of a bare Ray Serve deployment
+
 Requests a second, latency, and CPU time of a request in the processes that it passes (proxy and replica, or uvicorn),
-in interleaved blocks (A B C D A B C D …), with one keep-alive client process for all. Each request holds one text.
-Prints medians, and ratios paired by round, one line for each number of connections. Client and servers share the
+in interleaved blocks (A B C D A B C D …), with one keep-alive client process for all. Each request to a model holds one
+text. All on Ray Serve have the same proxy, which each line names: HAProxy, or with RAY_SERVE_ENABLE_HA_PROXY=0 Ray's
+own. Prints medians, and ratios paired by round, one line for each number of connections. Client and servers share the
 machine's cores: read rates and latencies only beside each other.
 
     python -m bench.serve_overhead [--seconds 5] [--rounds 3]
@@ -16,6 +22,7 @@ machine's cores: read rates and latencies only beside each other.
 # Annotations are not postponed: FastAPI reads those of a handler that is made in a function.
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -43,7 +50,8 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, build
 from heliostat.train.loop import train
-from serve.application import Answer, Question, deploy
+from serve import keys
+from serve.application import Answer, Health, Question, deploy
 from serve.classifier import application
 
 HOST = "127.0.0.1"
@@ -57,6 +65,8 @@ class Way:
     port: int
     path: str
     processes: list[psutil.Process]
+    asks: bool = True
+    """The model, and not only for the path."""
 
     def cpu_seconds(self) -> float:
         times = [each.cpu_times() for each in self.processes]
@@ -103,6 +113,10 @@ def bare_api(bundle_path: Path) -> FastAPI:
         inputs = question.inputs if isinstance(question.inputs, list) else [question.inputs]
         return Answer(predictions=predictor.predict(inputs), bundle=predictor.bundle.digest[:12], version="1")
 
+    @api.get("/healthz")
+    async def healthz() -> Health:
+        return Health(status="ok", bundle=predictor.bundle.digest[:12], version="1", ongoing=0)
+
     return api
 
 
@@ -122,17 +136,27 @@ def bare_serve(bundle_path: Path, settings: Deploy) -> serve.Application:
     return Bare.bind()
 
 
+def processes(*titles: str) -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if " ".join(each.cmdline()).startswith(titles)]
+
+
+def haproxies() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if each.name() == "haproxy"]
+
+
 def serve_processes(application: str) -> list[psutil.Process]:
-    titles = ("ray::ProxyActor", f"ray::ServeReplica:{application}:")
-    found = [each for each in psutil.Process().children(recursive=True) if " ".join(each.cmdline()).startswith(titles)]
-    assert len(found) == 2, found
-    return found
+    """Beside HAProxy are its manager, and Ray's proxy for endpoints without a replica."""
+    replicas = processes(f"ray::ServeReplica:{application}:")
+    assert len(replicas) == 1, replicas
+    return [*haproxies(), *processes("ray::HAProxyManager", "ray::ProxyActor"), *replicas]
 
 
 @contextmanager
 def endpoints(bundle_path: Path) -> Iterator[list[Way]]:
     """Each way to serve the bundle, all of them up."""
     settings = Deploy(port=free_port(), max_replicas=1)  # a second replica would only contend for the cores
+    keys_file = bundle_path.parent / "keys.json"
+    keys.add(keys_file, "bench")
     port = free_port()
     process = multiprocessing.get_context("spawn").Process(target=run_uvicorn, args=(bundle_path, port), daemon=True)
     process.start()
@@ -141,6 +165,8 @@ def endpoints(bundle_path: Path) -> Iterator[list[Way]]:
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     try:
         deploy(bundle_path, "1", settings, "heliostat")
+        gated = settings.model_copy(update={"keys_file": str(keys_file)})
+        serve.run(application(bundle_path, "1", gated), name="gated", route_prefix="/gated")
         unbatched = settings.model_copy(update={"max_batch_size": 1, "batch_wait_s": 0.0})
         serve.run(application(bundle_path, "1", unbatched), name="unbatched", route_prefix="/unbatched")
         serve.run(bare_serve(bundle_path, settings), name="serve", route_prefix="/serve")
@@ -149,6 +175,8 @@ def endpoints(bundle_path: Path) -> Iterator[list[Way]]:
             Way("unbatched", settings.port, "/unbatched/predict", serve_processes("unbatched")),
             Way("serve", settings.port, "/serve/predict", serve_processes("serve")),
             Way("uvicorn", port, "/predict", [psutil.Process(process.pid)]),
+            Way("trivial", settings.port, "/gated/healthz", serve_processes("gated"), asks=False),
+            Way("bare", settings.port, "/serve/healthz", serve_processes("serve"), asks=False),
         ]
     finally:
         ray.shutdown()
@@ -156,16 +184,23 @@ def endpoints(bundle_path: Path) -> Iterator[list[Way]]:
         process.join()
 
 
-async def ask(port: int, path: str, until: float, seconds: list[float]) -> None:
-    """One connection: the same question again and again. Plain streams: an HTTP library would take more of the cores
-    than the server."""
-    body = json.dumps({"inputs": [{"text": TEXT}]}).encode()
+def request(path: str, asks: bool) -> bytes:
+    if not asks:
+        return f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
+    body = json.dumps({"inputs": [{"text": TEXT}]})
     head = (
         f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
+    return (head + body).encode()
+
+
+async def ask(port: int, path: str, asks: bool, until: float, seconds: list[float]) -> None:
+    """One connection: the same question again and again. Plain streams: an HTTP library would take more of the cores
+    than the server."""
+    question = request(path, asks)
     reader, writer = await asyncio.open_connection(HOST, port)
     while (started := time.perf_counter()) < until:
-        writer.write(head.encode() + body)
+        writer.write(question)
         answer = (await reader.readuntil(b"\r\n\r\n")).lower()
         if not answer.startswith(b"http/1.1 200"):
             raise RuntimeError(f"{path} on port {port}: {answer.decode()}")
@@ -174,7 +209,7 @@ async def ask(port: int, path: str, until: float, seconds: list[float]) -> None:
     writer.close()
 
 
-def load(port: int, path: str, connections: int, duration: float) -> list[float]:
+def load(port: int, path: str, asks: bool, connections: int, duration: float) -> list[float]:
     """In the client's process: the seconds that each request took, for `duration` seconds."""
     seconds: list[float] = []
     until = time.perf_counter() + duration
@@ -182,7 +217,7 @@ def load(port: int, path: str, connections: int, duration: float) -> list[float]
     async def all_of_them() -> None:
         async with asyncio.timeout(duration + 30), asyncio.TaskGroup() as group:
             for _ in range(connections):
-                group.create_task(ask(port, path, until, seconds))
+                group.create_task(ask(port, path, asks, until, seconds))
 
     asyncio.run(all_of_them())
     return seconds
@@ -190,7 +225,7 @@ def load(port: int, path: str, connections: int, duration: float) -> list[float]
 
 def block(client: ProcessPoolExecutor, way: Way, connections: int, duration: float) -> dict[str, float]:
     before = way.cpu_seconds()
-    seconds = client.submit(load, way.port, way.path, connections, duration).result()
+    seconds = client.submit(load, way.port, way.path, way.asks, connections, duration).result()
     percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
     return {
         "requests_per_s": len(seconds) / duration,
@@ -203,26 +238,26 @@ def block(client: ProcessPoolExecutor, way: Way, connections: int, duration: flo
 def measure(
     client: ProcessPoolExecutor, ways: list[Way], connections: int, rounds: int, duration: float
 ) -> dict[str, Any]:
+    """`ways`: the first is compared with the others."""
     for way in ways:
         block(client, way, connections, 2.0)  # warm-up
     found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
             found[way.name].append(block(client, way, connections, duration))
-    ours = found["heliostat"]
+    ours = found.pop(ways[0].name)
     return {
+        "proxy": "HAProxy" if haproxies() else "Ray",
         "connections": connections,
         "rounds": rounds,
         "seconds": duration,
         "medians": {
             name: {key: round(statistics.median(each[key] for each in rows), 2) for key in rows[0]}
-            for name, rows in found.items()
+            for name, rows in [(ways[0].name, ours), *found.items()]
         },
     } | {
-        f"over_{other}": {
-            key: spread([a[key] / b[key] for a, b in zip(ours, found[other], strict=True)]) for key in ours[0]
-        }
-        for other in ("uvicorn", "serve")
+        f"over_{other}": {key: spread([a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]) for key in ours[0]}
+        for other, theirs in found.items()
     }
 
 
@@ -241,8 +276,9 @@ def main() -> None:
         endpoints(tiny_bundle(Path(folder))) as ways,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client,
     ):
-        for connections in CONNECTIONS:
-            line = measure(client, ways, connections, options.rounds, options.seconds)
+        for asks, connections in itertools.product((True, False), CONNECTIONS):
+            compared = [way for way in ways if way.asks == asks]
+            line = measure(client, compared, connections, options.rounds, options.seconds)
             print(json.dumps(line), file=sys.stdout, flush=True)
 
 

@@ -28,7 +28,7 @@ from heliostat.models import bundle as bundles
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused, nearest
 from heliostat.tasks.text_embedding import TextEmbedding
-from serve import keys
+from serve import haproxy, keys
 from serve.gate import ADMITTED, BodyLimit, Deadline, Gated
 
 logger = logging.getLogger("heliostat")
@@ -288,7 +288,9 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         _check_port(deploy.host, deploy.port)
-        serve.start(http_options={"host": deploy.host, "port": deploy.port})
+        environment = {"env_vars": haproxy.variables(deploy)}
+        options = {"host": deploy.host, "port": deploy.port}
+        serve.start(http_options=options, controller_options={"runtime_env": environment})
     elif client.http_config.port != deploy.port:
         raise Refused(
             "deploy.port",

@@ -27,7 +27,7 @@ from serve.router import Router
 
 ROUTER = "router"
 HEARD_S = 2.0
-"""Until every proxy has heard where requests go now, which takes milliseconds."""
+"""Until every proxy has heard where requests go now, which takes HAProxy most of a second."""
 
 
 @dataclasses.dataclass(frozen=True)

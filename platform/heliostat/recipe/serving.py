@@ -36,7 +36,7 @@ class Deploy(Section):
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
     max_ongoing_requests: PositiveInt = 64
     max_queued_requests: PositiveInt = 256
-    """Where so many wait at a proxy, the next are told to come again: status 503."""
+    """Where so many wait at a replica (at a proxy, if it is Ray's), the next are told to come again: status 503."""
     keys_file: str = ""
     """The file of API keys that `pipelines.keys` writes, where every node sees it, or `env:NAME`, an environment
     variable of all nodes with its content. Empty: everyone may ask."""
