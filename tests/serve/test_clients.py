@@ -1,5 +1,6 @@
 """Other people's clients, unmodified, against SmolLM2-135M-Instruct behind the endpoint: OpenAI's for JavaScript,
-LangChain, and lm-eval, whose scores are those of its own backend on the same model."""
+LangChain, lm-eval, whose scores are those of its own backend on the same model, and GuideLLM, which puts it under
+load."""
 
 from __future__ import annotations
 
@@ -155,3 +156,31 @@ def test_llm_comply(served: Served, python: Path) -> None:
     assert results["chat-tool-calling"]["errors"][0].startswith("HTTP 400")
     assert results["chat-reasoning-summary"]["status"] == "skipped"
     assert len(results) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_guidellm(served: Served, reference: Reference, python: Path, tmp_path: Path, route: str) -> None:
+    """Every request that it sends is answered, and what it counts is what the tokenizer counts."""
+    asked, at_once, drawn = 12, 4, 16
+    said(
+        python.with_name("guidellm"), "run",
+        "--backend", f"kind=openai_http,target={served.url},request_format={route},api_routes./health=healthz",
+        "--tokenizer", f"kind=huggingface_auto,model={served.bundle}",
+        "--data", f"kind=synthetic_text,prompt_tokens=24,prompt_tokens_stdev=8,output_tokens={drawn}",
+        "--profile", f"kind=concurrent,streams={at_once}",
+        "--constraint", f"kind=max_requests,count={asked}",
+        "--output", f"kind=json,path={tmp_path / 'found.json'}",
+        folder=tmp_path, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    (found,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    totals = found["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"], totals["incomplete"]) == (asked, 0, 0)
+    for request in found["requests"]["successful"]:
+        body = json.loads(request["request_args"])["body"]
+        assert body["model"] == NAME
+        chat = reference.chat(body["messages"]) if "messages" in body else None
+        prompt = chat or reference.tokenizer(body["prompt"])["input_ids"]
+        assert request["input_metrics"]["text_tokens"] == len(prompt)
+        assert request["output_metrics"]["text_tokens"] == drawn
+        assert request["output"]

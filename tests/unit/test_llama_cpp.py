@@ -19,7 +19,7 @@ from heliostat import installed
 from heliostat.generate import EngineFailed, Sampling, Token, gguf_file, llama_cpp
 from heliostat.generate.drawing import json_grammar
 from heliostat.generate.llama_cpp import Cache, LlamaCppEngine, check_parity, converted
-from heliostat.recipe import GgufDtype, Refused
+from heliostat.recipe import Deploy, GgufDtype, Refused
 from tests.generation import GREEDY, SCHEMA, answer, generated, model_of, prompts, tiny_tokenizer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -370,9 +370,9 @@ def test_a_model_that_is_not_converted_is_refused_by_name(
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed.check_engine("llama_cpp")
-    installed.check_engine("embedded")
+    installed.check_engine(Deploy(engine="llama_cpp"))
+    installed.check_engine(Deploy(engine="embedded"))
     monkeypatch.setitem(installed.ENGINES, "llama_cpp", ("no-such-package",))
     with pytest.raises(Refused, match="no-such-package") as error:
-        installed.check_engine("llama_cpp")
+        installed.check_engine(Deploy(engine="llama_cpp"))
     assert error.value.field == "deploy.engine"

@@ -63,7 +63,7 @@ def check_recipe(
     """`clusters`: those it may run on; none of them: this machine."""
     shape = None
     try:
-        check_engine(recipe.deploy.engine)
+        check_engine(recipe.deploy)
     except Refused as error:
         yield in_document(document, error)
     try:

@@ -60,7 +60,7 @@ def environment() -> dict[str, str]:
 
 def runtime_env() -> dict[str, Any]:
     """For a cluster elsewhere: the code travels."""
-    excludes = [".venv", ".git", "tests", "**/__pycache__"]
+    excludes = [".venv", ".venv-llm", ".git", "tests", "**/__pycache__"]
     return {
         "working_dir": str(ROOT),
         "py_modules": [str(ROOT / "platform" / "heliostat")],

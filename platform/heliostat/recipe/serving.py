@@ -67,8 +67,11 @@ class Deploy(Section):
     """0: a replica computes on processors. 0.5: two share a GPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; language models keep their weights in it too."""
-    engine: Literal["embedded", "llama_cpp"] = "embedded"
-    """Language models: what draws the tokens. `llama_cpp` is the fast one on CPUs; it needs the extra `llm`."""
+    engine: Literal["embedded", "llama_cpp", "vllm"] = "embedded"
+    """Language models: what draws the tokens. `llama_cpp` is the fast one on CPUs; it needs the extra `llm`. `vllm` is
+    the one for GPUs; it needs the environment that `make llm` builds."""
+    llm_environment: str = ""
+    """That environment's folder, on every node. Empty: beside the one that a replica runs in (`.venv-llm`)."""
     gguf_dtype: GgufDtype = "q8_0"
     """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
     cache_tokens: Annotated[int, Field(ge=128)] = 16384
