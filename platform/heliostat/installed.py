@@ -12,7 +12,8 @@ from typing import Any
 
 from heliostat.recipe import Refused
 
-ENGINES = {"llama_cpp": ("xllamacpp", "gguf")}
+ENGINES: dict[str, tuple[str, ...]] = {"llama_cpp": ("xllamacpp", "gguf")}
+PRECISIONS: dict[str, tuple[str, ...]] = {"int8": ("onnx", "onnxruntime", "onnxscript")}
 """What they need beside the library's own dependencies."""
 
 
@@ -26,10 +27,19 @@ def version(package: str) -> str | None:
 
 def check_engine(engine: str) -> None:
     """Raises Refused for an engine of language models whose packages are not installed."""
-    for package in ENGINES.get(engine, ()):
+    _check(engine, ENGINES, "deploy.engine", "llm")
+
+
+def check_precision(precision: str) -> None:
+    """The same for what classifiers compute in."""
+    _check(precision, PRECISIONS, "deploy.precision", "edge")
+
+
+def _check(name: str, needs: dict[str, tuple[str, ...]], field: str, extra: str) -> None:
+    for package in needs.get(name, ()):
         if version(package) is None:
-            reason = f"{engine} needs the package {package}, which is not installed"
-            raise Refused("deploy.engine", reason, "install the extra `llm`")
+            reason = f"{name} needs the package {package}, which is not installed"
+            raise Refused(field, reason, f"install the extra `{extra}`")
 
 
 def folder(package: str) -> Path | None:
