@@ -46,6 +46,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench.tune_overhead
 	$(BIN)/python -m bench.tune_savings
 	$(BIN)/python -m bench.serve_overhead
+	$(BIN)/python -m bench.serve_int8
 	$(BIN)/python -m bench.serve_llm
 
 # Prometheus beside the cluster that runs on this machine, until Ctrl-C.

@@ -1,9 +1,11 @@
-"""An endpoint under load: one tiny BERT behind `/predict`, from one replica to three.
+"""An endpoint under load: one tiny BERT behind `/predict`.
 
-    step   a client asks with one connection, then with 32: seconds until the second and the third replica answer, and
-           what requests took before, meanwhile and after
-    soak   eight connections for a while, in which a replica is killed every minute (SIGKILL): requests that failed,
-           seconds until as many replicas answer again, and how the memory of controller, proxy and replicas grows
+    step      a client asks with one connection, then with 32, of one replica that may become three: seconds until the
+              second and the third answer, and what requests took before, meanwhile and after
+    batching  16 connections ask one replica that computes requests together and one that does not
+              (`deploy.max_batch_size=1`), in interleaved blocks (A B A B …): medians, and ratios paired by round
+    soak      eight connections ask two replicas for a while, of which one is killed every minute (SIGKILL): requests
+              that failed, seconds until two answer again, and how the memory of controller and proxy grows
 
 Clients and servers share the machine's cores. Prints a line of JSON for each.
 
@@ -24,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,21 @@ import torch
 from ray import serve
 
 import heliostat.launch.cluster as cluster
-from bench.serve_overhead import TEXT, tiny_bundle
+from bench.serve_overhead import TEXT, spread, tiny_bundle
 from heliostat.hardware import free_port
 from heliostat.recipe import Deploy
 from serve.application import deploy
+from serve.classifier import application
 
-NAME = "load"
-FEW, MANY, STEADY = 1, 32, 8
-KILL_EVERY_S = 60.0
+NAME, ALONE = "load", "unbatched"
+KINDS = ("ServeController", "HAProxyManager", "ProxyActor", "ServeReplica")
+FEW, MANY, STEADY, TOGETHER = 1, 32, 8, 16
+ROUNDS, BLOCK_S = 5, 5.0
+SOAKED = 2
+"""Replicas."""
+STEP_S = 90.0
+KILL_EVERY_S, BACK_S = 60.0, 25.0
+"""The last kill leaves time for being replaced."""
 WATCH_S = 0.25
 
 
@@ -76,24 +86,43 @@ def replicas() -> int:
     return deployment.replica_states.get("RUNNING", 0)
 
 
-def processes() -> list[psutil.Process]:
-    """Of Serve: controller, proxies, replicas."""
-    titles = ("ray::ServeController", "ray::HAProxyManager", "ray::ProxyActor", f"ray::ServeReplica:{NAME}:")
-    return [each for each in psutil.Process().children(recursive=True) if " ".join(each.cmdline()).startswith(titles)]
+def processes(kind: str) -> list[psutil.Process]:
+    """Of Serve that are of one kind: ServeController, ProxyActor, or ServeReplica."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if " ".join(each.cmdline()).startswith(f"ray::{kind}"):
+                found.append(each)
+    return found
+
+
+def megabytes(kind: str) -> float:
+    total = 0.0
+    for each in processes(kind):
+        with suppress(psutil.NoSuchProcess):
+            total += each.memory_info().rss / 1e6
+    return total
 
 
 def figures(seen: list[tuple[float, float, int]]) -> dict[str, Any]:
-    seconds = sorted(took for _, took, status in seen if status == 200)
-    length = max(begun for begun, _, _ in seen) - min(begun for begun, _, _ in seen)
-    return {
-        "requests_per_s": round(len(seen) / length, 1),
-        "p50_ms": round(1000 * statistics.median(seconds), 1),
-        "p99_ms": round(1000 * seconds[int(0.99 * (len(seconds) - 1))], 1),
-        "failed": {str(status): count for status, count in Counter(each[2] for each in seen).items() if status != 200},
+    """Without times where less than two were answered."""
+    seconds = [took for _, took, status in seen if status == 200]
+    failed = {str(status): count for status, count in Counter(each[2] for each in seen).items() if status != 200}
+    found: dict[str, Any] = {"answered": len(seconds), "failed": failed}
+    if len(seconds) < 2:
+        return found
+    length = max(begun + took for begun, took, _ in seen) - min(begun for begun, _, _ in seen)
+    percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
+    return found | {
+        "requests_per_s": round(len(seconds) / length, 1),
+        "p50_ms": round(1000 * percentiles[49], 1),
+        "p99_ms": round(1000 * percentiles[98], 1),
     }
 
 
-def step(client: ProcessPoolExecutor, url: str, seconds: float) -> dict[str, Any]:
+def step(client: ProcessPoolExecutor, bundle: Path, settings: Deploy, seconds: float) -> dict[str, Any]:
+    url = deploy(bundle, "1", settings, NAME)
+    client.submit(load, url, FEW, time.time() + 2).result()  # warm-up
     before = client.submit(load, url, FEW, time.time() + 10).result()
     stepped, reached = time.time(), dict[int, float]()
     asked = client.submit(load, url, MANY, stepped + seconds)
@@ -112,39 +141,66 @@ def step(client: ProcessPoolExecutor, url: str, seconds: float) -> dict[str, Any
     }
 
 
-def soak(client: ProcessPoolExecutor, url: str, seconds: float) -> dict[str, Any]:
+def batching(client: ProcessPoolExecutor, bundle: Path, settings: Deploy) -> dict[str, Any]:
+    one = settings.model_copy(update={"max_replicas": 1})
+    alone = one.model_copy(update={"max_batch_size": 1, "batch_wait_s": 0.0})
+    batched = deploy(bundle, "1", one, NAME)
+    serve.run(application(bundle, "1", alone), name=ALONE, route_prefix=f"/{ALONE}")
+    urls = {"batched": batched, ALONE: f"{batched}/{ALONE}"}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in urls}
+    for number in range(1 + ROUNDS):
+        for name, url in urls.items():
+            seen = client.submit(load, url, TOGETHER, time.time() + BLOCK_S).result()
+            if number:  # the first is for warming up
+                found[name].append(figures(seen))
+    serve.delete(ALONE)
+    keys = ("requests_per_s", "p50_ms", "p99_ms")
+    return {
+        "load": "batching",
+        "connections": TOGETHER,
+        "rounds": ROUNDS,
+        "medians": {
+            name: {key: statistics.median(row[key] for row in rows) for key in keys} for name, rows in found.items()
+        },
+        "batched_over_unbatched": {
+            key: spread([a[key] / b[key] for a, b in zip(found["batched"], found[ALONE], strict=True)]) for key in keys
+        },
+        "failed": sum(sum(row["failed"].values()) for rows in found.values() for row in rows),
+    }
+
+
+def soak(client: ProcessPoolExecutor, bundle: Path, settings: Deploy, seconds: float) -> dict[str, Any]:
+    url = deploy(bundle, "1", settings.model_copy(update={"min_replicas": SOAKED, "max_replicas": SOAKED}), NAME)
+    while replicas() != SOAKED:
+        time.sleep(WATCH_S)
     begun = time.time()
     asked = client.submit(load, url, STEADY, begun + seconds)
-    memory, back, kill_at = list[tuple[float, dict[str, float]]](), list[float](), begun + KILL_EVERY_S / 2
+    memory, back, killed, kill_at = list[dict[str, float]](), list[float](), 0, begun + min(KILL_EVERY_S, seconds) / 2
     while not asked.done():
-        now, by_kind = time.time(), Counter[str]()
-        for each in processes():
-            by_kind[each.cmdline()[0].split("::")[1].split(":")[0]] += each.memory_info().rss / 1e6
-        memory.append((now - begun, by_kind))
-        if now > kill_at and now < begun + seconds - KILL_EVERY_S / 2:
-            kill_at, count = now + KILL_EVERY_S, replicas()
-            victim = next(each for each in processes() if "ServeReplica" in each.cmdline()[0])
-            os.kill(victim.pid, signal.SIGKILL)
-            while replicas() >= count:
-                time.sleep(WATCH_S)
-            while replicas() < count:
-                time.sleep(WATCH_S)
-            back.append(round(time.time() - now, 1))
+        memory.append({"at": time.time() - begun} | {kind: megabytes(kind) for kind in KINDS})
+        if kill_at < time.time() < begun + seconds - BACK_S:
+            kill_at, now, killed = kill_at + KILL_EVERY_S, time.time(), killed + 1
+            os.kill(processes("ServeReplica")[0].pid, signal.SIGKILL)
+            for wanted in (False, True):  # Serve notices, and has replaced it
+                while (replicas() == SOAKED) is not wanted and not asked.done():
+                    time.sleep(WATCH_S)
+            if not asked.done():
+                back.append(round(time.time() - now, 1))
         time.sleep(1)
     # Replicas are new after each kill; what lives all the time shows whether it grows.
-    settled = [(at, by_kind) for at, by_kind in memory if at > seconds / 4]
+    settled = [each for each in memory if each["at"] > seconds / 4]
     growth = {
-        kind: round(60 * float(np.polyfit([at for at, _ in settled], [each[kind] for _, each in settled], 1)[0]), 3)
+        kind: round(60 * float(np.polyfit([each["at"] for each in settled], [each[kind] for each in settled], 1)[0]), 3)
         for kind in ("ServeController", "HAProxyManager", "ProxyActor")
     }
     return {
         "load": "soak",
         "connections": STEADY,
         "minutes": seconds / 60,
-        "killed": len(back),
+        "killed": killed,
         "seconds_until_back": back,
         "grows_mb_a_minute": growth,
-        "mb": {kind: round(value, 1) for kind, value in memory[-1][1].items()},
+        "mb": {kind: [round(memory[0][kind], 1), round(memory[-1][kind], 1)] for kind in KINDS},
         **figures(asked.result()),
     }
 
@@ -166,10 +222,12 @@ def main() -> None:
             "local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
         )
         try:
-            url = deploy(bundle, "1", settings, NAME)
-            client.submit(load, url, FEW, time.time() + 2).result()  # warm-up
-            for line in (step(client, url, 90), soak(client, url, 60 * options.minutes)):
-                print(json.dumps(line), file=sys.stdout, flush=True)
+            for measured in (
+                lambda: step(client, bundle, settings, STEP_S),
+                lambda: batching(client, bundle, settings),
+                lambda: soak(client, bundle, settings, 60 * options.minutes),
+            ):
+                print(json.dumps(measured()), file=sys.stdout, flush=True)
         finally:
             ray.shutdown()
 

@@ -12,13 +12,14 @@ from pipelines.answer import end_on_signals
 from pipelines.job import Job, main
 from pipelines.register import chosen_bundle
 from serve import keys
-from serve.application import deploy
+from serve.application import check_served, deploy
 
 
 def run(job: Job) -> dict[str, Any]:
     bundle = bundles.read(chosen_bundle(job))
     keys.check(job.recipe.deploy.keys_file)  # before Ray starts
     check_engine(job.recipe.deploy)
+    check_served(bundle.path, job.recipe.deploy)
     with connect(job.recipe, job.options.address, job.options.keep):
         end_on_signals()
         endpoint = deploy(bundle.path, bundle.digest[:12], job.recipe.deploy, job.recipe.name)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.data.loader import open_split
-from heliostat.data.prepare import prepare, read_prepared
+from heliostat.data.prepare import prepare
+from heliostat.evaluate import validation_rows
 from heliostat.hardware import cannot_listen, this_machine
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect, starts_here
@@ -22,7 +22,7 @@ from heliostat.models import bundle as bundles
 from heliostat.monitor.drift import EMBEDDED_ROWS, Finding, Observed, compare
 from heliostat.monitor.drift_report import HEADS, cells, render
 from heliostat.monitor.served import Served, bundles_of, folder_of, read
-from heliostat.predictor import Predictor
+from heliostat.predictor import Predictor, loading
 from heliostat.recipe import Recipe, Refused, write_atomically
 from pipelines import lifecycle
 from pipelines.answer import end_on_signals
@@ -47,21 +47,6 @@ def since_s(text: str) -> float:
         raise Refused("since", f"{text!r} is no time", "24h, 7d, or 2026-01-31T08:00") from error
 
 
-def validation_rows(recipe: Recipe, bundle: bundles.Bundle) -> pa.Table:
-    """The rows that the bundle was chosen by: it was not trained on them, and expects such as they are. They stay where
-    they were prepared, so that no bundle carries rows of its data. Raises Refused where they cannot be had."""
-    data = bundle.card["data"]
-    if "fingerprint" not in data:
-        raise Refused("bundle", f"{bundle.path} does not say on what it was validated", "name one that was trained")
-    if (folder := Path(data.get("folder", ""))).name and (folder / "meta.json").is_file():
-        prepared = read_prepared(folder)
-    else:
-        prepared, _ = prepare(bundle.recipe.model_copy(update={"storage": recipe.storage}))
-    if prepared.fingerprint != data["fingerprint"]:
-        raise Refused("bundle", f"the rows that {bundle.path} was validated on are gone", "train again")
-    return open_split(prepared.folder, "validation")
-
-
 def observed(predictor: Predictor, rows: pa.Table, predictions: list[dict[str, Any]], seed: int) -> Observed:
     """What is compared of prepared rows and their predictions."""
     columns = dict(predictor.task.watched(rows))
@@ -78,7 +63,7 @@ def look(job: Job) -> dict[str, Any]:
     recipe, settings = job.recipe, job.recipe.drift
     bundle = bundles.read(chosen_bundle(job))
     folder = folder_of(bundle, recipe.deploy)
-    validation = validation_rows(recipe, bundle)
+    validation = validation_rows(bundle, recipe.storage)
     served = read(folder, since_s(job.options.since), settings.max_rows, recipe.seed)
     drift: bool | None = None
     findings: list[Finding] = []
@@ -116,7 +101,9 @@ def both_sides(
     recipe: Recipe, bundle: bundles.Bundle, validation: pa.Table, served: Served
 ) -> tuple[Observed, Observed]:
     """The validation rows as a replica would answer them, and the served ones as they were answered."""
-    predictor = Predictor(bundle, threads=this_machine().cpus, bfloat16=recipe.deploy.precision == "bfloat16")
+    settings = recipe.deploy
+    bfloat16, load = settings.precision == "bfloat16", loading(settings)
+    predictor = Predictor(bundle, threads=this_machine().cpus, bfloat16=bfloat16, load=load)
     chosen = np.random.default_rng(recipe.seed).permutation(validation.num_rows)[: recipe.drift.max_rows]
     reference = validation.take(pa.array(np.sort(chosen)))
     return (

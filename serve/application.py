@@ -25,8 +25,8 @@ from ray.serve.context import _get_global_client
 import heliostat
 from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
-from heliostat.predictor import Predictor
-from heliostat.recipe import Deploy, Refused, nearest
+from heliostat.predictor import Predictor, loading
+from heliostat.recipe import Deploy, Refused, check_precision, nearest
 from heliostat.tasks.text_embedding import TextEmbedding
 from serve import haproxy, keys
 from serve.gate import ADMITTED, BodyLimit, Deadline, Gated
@@ -70,6 +70,8 @@ class Health(Body):
     status: str
     bundle: str
     version: str
+    precision: str
+    """In which the model computes."""
     ongoing: int
     """Requests that this replica is busy with."""
 
@@ -186,9 +188,20 @@ def answering(path: Path, settings: Deploy | None = None) -> Predictor:
     else:
         device = torch.device("cuda" if settings.gpus_per_replica else "cpu")
         bfloat16 = settings.precision == "bfloat16"
-        predictor = Predictor(bundle, threads=settings.threads_per_replica, bfloat16=bfloat16, device=device)
+        predictor = Predictor(
+            bundle, threads=settings.threads_per_replica, bfloat16=bfloat16, device=device, load=loading(settings)
+        )
     predictor.predict([predictor.task.example()])
     return predictor
+
+
+def check_served(path: Path, settings: Deploy) -> None:
+    """Raises Refused for a bundle that is not served in the settings' precision: here, before a replica tries."""
+    bundle = bundles.read(path, verify_files=False)
+    check_precision(settings.precision, bundle.recipe.task)
+    if settings.precision == "int8":
+        bundles.verify(bundle)
+        loading(settings)(bundle)
 
 
 def scaled(
@@ -250,7 +263,9 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     a bundle that is not whole."""
     from serve import classifier, embeddings, language_model
 
-    task = bundles.read(bundle_path, verify_files=False).task()
+    bundle = bundles.read(bundle_path, verify_files=False)
+    check_precision(settings.precision, bundle.recipe.task)
+    task = bundle.task()
     generates = task.model_class == "AutoModelForCausalLM"
     if settings.adapters and not generates:
         raise Refused("deploy.adapters", "only models that generate text have them", "leave it out")

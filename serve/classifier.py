@@ -32,6 +32,7 @@ from serve.application import (
     Question,
     answering,
     arguments,
+    check_served,
     http,
     inputs_of,
     page,
@@ -156,7 +157,8 @@ def predicting(api: FastAPI, settings: Deploy) -> type:
             """Answers once the model has."""
             assert self.predictor is not None
             digest = self.predictor.bundle.digest[:12]
-            return Health(status="ok", bundle=digest, version=self.version, ongoing=self.ongoing)
+            version, precision = self.version, settings.precision
+            return Health(status="ok", bundle=digest, version=version, precision=precision, ongoing=self.ongoing)
 
     return Predicting
 
@@ -165,6 +167,7 @@ def application(bundle_path: Path, version: str, settings: Deploy) -> serve.Appl
     """The deployment with a bundle, not yet running. `version`: what answers call it. Raises Refused for a
     bundle that is not whole."""
     answering(bundle_path)  # it must answer here first: Serve would stop every replica that cannot load it
+    check_served(bundle_path, settings)
     api = http(settings, ("/predict",))
     api.add_exception_handler(Refused, refused)
     api.add_exception_handler(RequestValidationError, malformed)

@@ -274,7 +274,14 @@ def _language_model(settings: Deploy, name: str) -> type:
             assert self.loaded is not None
             loaded = self.loaded
             loaded.engine.check()
-            return Health(status="ok", bundle=loaded.digest, version=loaded.version, ongoing=loaded.ongoing)
+            precision = settings.precision if settings.engine == "embedded" else settings.gguf_dtype
+            return Health(
+                status="ok",
+                bundle=loaded.digest,
+                version=loaded.version,
+                precision=precision,
+                ongoing=loaded.ongoing,
+            )
 
     return LanguageModel
 

@@ -13,7 +13,8 @@ from heliostat.models import bundle as bundles
 from heliostat.models.load import build_model, processor_facts, train_tokenizer
 from heliostat.recipe import Recipe, build, override
 from heliostat.tasks import get_task
-from tests.recipes import TINY_RESNET, TINY_TABULAR, WORDS, tiny_llama
+from heliostat.train.loop import train
+from tests.recipes import TINY_RESNET, TINY_TABULAR, WORDS, prepared, text_file, tiny_bert, tiny_llama
 
 TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}Call: <tool_call>{}</tool_call>"
@@ -22,6 +23,7 @@ TEMPLATE = (
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+TEXT_ROWS = 200
 FILL_IN = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
 
 
@@ -65,6 +67,14 @@ def tabular_bundle(folder: Path) -> Path:
     facts = {"labels": ["dark", "bright"], "columns": ["height", "width"], "mean": [0.5, 3.0], "std": [0.25, 2.0],
              "may_be_missing": [1]}  # fmt: skip
     return write(folder / "rows", recipe, None, facts)
+
+
+def text_bundle(folder: Path) -> bundles.Bundle:
+    """A classifier of texts that knows what it was taught, with `TEXT_ROWS` validation rows."""
+    splits = enumerate(("train", "validation", "test"))
+    rows = {f"data.{split}": str(text_file(folder / "source", TEXT_ROWS, seed)) for seed, split in splits}
+    recipe = tiny_bert(folder, **rows, **{"optimizer.lr": 5e-3, "schedule.max_steps": 60})
+    return bundles.read(Path(train(recipe, prepared(recipe).folder, folder / "run")["bundle"]))
 
 
 def write(path: Path, recipe: Recipe, processor: Any, facts: dict[str, Any]) -> Path:

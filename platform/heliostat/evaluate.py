@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from heliostat.data.loader import Coordinate, Cursor, Loader
+from heliostat.data.loader import Coordinate, Cursor, Loader, open_split
+from heliostat.data.prepare import prepare, read_prepared
+from heliostat.models.bundle import Bundle
+from heliostat.recipe import Refused
 from heliostat.tasks import Batch, Task
 
 ROWS_PER_BATCH = 64
@@ -24,13 +28,29 @@ def batches(task: Task, table: pa.Table, size: int = ROWS_PER_BATCH) -> Iterator
         yield order[number * size : (number + 1) * size], task.collate(rows, train=False)
 
 
+def validation_rows(bundle: Bundle, storage: str) -> pa.Table:
+    """The rows that the bundle was chosen by: it was not trained on them, and expects such as they are. They stay where
+    they were prepared, so that no bundle carries rows of its data; where they are gone, they are prepared again, in
+    `storage`. Raises Refused where they cannot be had."""
+    data = bundle.card["data"]
+    if "fingerprint" not in data:
+        raise Refused("bundle", f"{bundle.path} does not say on what it was validated", "name one that was trained")
+    if (folder := Path(data.get("folder", ""))).name and (folder / "meta.json").is_file():
+        prepared = read_prepared(folder)
+    else:
+        prepared, _ = prepare(bundle.recipe.model_copy(update={"storage": storage}))
+    if prepared.fingerprint != data["fingerprint"]:
+        raise Refused("bundle", f"the rows that {bundle.path} was validated on are gone", "train again")
+    return open_split(prepared.folder, "validation")
+
+
 @torch.inference_mode()
 def row_sums(
     model: torch.nn.Module, task: Task, table: pa.Table, bfloat16: bool = False, size: int = ROWS_PER_BATCH
 ) -> tuple[dict[str, np.ndarray], torch.Tensor | None]:
     """Per row of the table: what `task.row_sums` gives; and, for classifiers, the logits (N, C)."""
     model.eval()
-    device = next(model.parameters()).device
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
     rows: dict[str, np.ndarray] = {}
     logits: torch.Tensor | None = None
     for numbers, batch in batches(task, table, size):

@@ -12,7 +12,8 @@ from typing import Any
 
 from heliostat.recipe import Deploy, Refused
 
-ENGINES = {"llama_cpp": ("xllamacpp", "gguf")}
+ENGINES: dict[str, tuple[str, ...]] = {"llama_cpp": ("xllamacpp", "gguf")}
+PRECISIONS: dict[str, tuple[str, ...]] = {"int8": ("onnx", "onnxruntime", "onnxscript")}
 """What they need beside the library's own dependencies."""
 
 
@@ -26,10 +27,7 @@ def version(package: str) -> str | None:
 
 def check_engine(deploy: Deploy) -> None:
     """Raises Refused for an engine of language models that is not installed."""
-    for package in ENGINES.get(deploy.engine, ()):
-        if version(package) is None:
-            reason = f"{deploy.engine} needs the package {package}, which is not installed"
-            raise Refused("deploy.engine", reason, "install the extra `llm`")
+    _check(deploy.engine, ENGINES, "deploy.engine", "llm")
     if deploy.engine != "vllm":
         return
     ready = llm_environment(deploy) / "ready"
@@ -45,6 +43,18 @@ def check_engine(deploy: Deploy) -> None:
 def llm_environment(deploy: Deploy) -> Path:
     """Where vLLM is, as far as this process knows."""
     return Path(deploy.llm_environment).expanduser() if deploy.llm_environment else Path(f"{sys.prefix}-llm")
+
+
+def check_precision(deploy: Deploy) -> None:
+    """The same for what classifiers compute in."""
+    _check(deploy.precision, PRECISIONS, "deploy.precision", "edge")
+
+
+def _check(name: str, needs: dict[str, tuple[str, ...]], field: str, extra: str) -> None:
+    for package in needs.get(name, ()):
+        if version(package) is None:
+            reason = f"{name} needs the package {package}, which is not installed"
+            raise Refused(field, reason, f"install the extra `{extra}`")
 
 
 def folder(package: str) -> Path | None:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from heliostat import evaluate
+from heliostat import evaluate, installed
 from heliostat.models.bundle import Bundle, verify
-from heliostat.recipe import Refused, override
+from heliostat.recipe import Deploy, Refused, override
 from heliostat.tasks import get_task
 
 CPU = torch.device("cpu")
 TIMED, WARM_UP = 32, 4
 """Predictions whose time is taken, and those before them whose is not."""
+
+
+def loading(settings: Deploy) -> Callable[[Bundle], Any]:
+    """What makes the model that a replica computes with. Raises Refused where a package is missing."""
+    if settings.precision != "int8":
+        return Bundle.model
+    installed.check_precision(settings)
+    from heliostat import int8  # whose packages are an extra
+
+    return partial(int8.model, settings=settings)
 
 
 class Predictor:
@@ -30,15 +42,16 @@ class Predictor:
         threads: int | None = None,
         bfloat16: bool = False,
         device: torch.device = CPU,
+        load: Callable[[Bundle], Any] = Bundle.model,
     ) -> None:
-        """`threads`: processors of one prediction (None: as torch is set). Raises Refused for a bundle whose
-        files are not those of its card."""
+        """`threads`: processors of one prediction (None: as torch is set). `load` makes what computes. Raises Refused
+        for a bundle whose files are not those of its card."""
         verify(bundle)
         self.bundle, self.threads, self.bfloat16, self.device = bundle, threads, bfloat16, device
         # Packing would join the inputs of a language model into rows that belong to none of them.
         self.task = get_task(override(bundle.recipe, {"data.pack": False}), bundle.card["facts"])
         self.processor = bundle.processor()
-        self.model: Any = bundle.model().to(device)
+        self.model: Any = load(bundle).to(device)
 
     def predict(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One prediction for each input, in their order. Raises Refused, naming an input that is wrong."""

@@ -19,6 +19,7 @@ CASES = {
     "wrong type": (["sentiment", "--optimizer.lr", "fast"], "optimizer.lr", ""),
     "out of range": (["sentiment", "--optimizer.lr", "-1"], "optimizer.lr", ""),
     "unknown choice": (["sentiment", "--training.precision", "fp8"], "training.precision", "bfloat16"),
+    "no such tier": (["smollm", "--deploy.precision", "int8"], "deploy.precision", "float32 or bfloat16"),
     "missing file": (["sentiment", "--data.train", "/nowhere.csv"], "data.train", "check the path"),
     "missing column": (["sentiment", "--data.label-column", "labels"], "data.train", "did you mean label?"),
     "no GPU": (["sentiment", "--parallelism.use-gpu", "True"], "parallelism.use_gpu", "false"),

@@ -165,7 +165,8 @@ def test_limits(endpoint: Endpoint) -> None:
 
 def test_health_and_description(endpoint: Endpoint, paths: list[Path]) -> None:
     health = httpx.get(f"{endpoint.url}/healthz").json()
-    assert health == {"status": "ok", "bundle": bundles.read(paths[0]).digest[:12], "version": "1", "ongoing": 0}
+    digest = bundles.read(paths[0]).digest[:12]
+    assert health == {"status": "ok", "bundle": digest, "version": "1", "precision": "float32", "ongoing": 0}
     described = httpx.get(f"{endpoint.url}/openapi.json").json()
     post = described["paths"]["/predict"]["post"]
     assert set(post["responses"]) == {"200", "413", "422"}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from heliostat.doctor.document import Document, Problem
 from heliostat.doctor.nodes import Cluster
 from heliostat.hardware import Machine, gpu_memory_bytes
-from heliostat.installed import check_engine
+from heliostat.installed import check_engine, check_precision
 from heliostat.placement import check_placement, logical_cpus
 from heliostat.planner.memory import RankMemory, rank_memory
 from heliostat.planner.shape import ModelShape, model_shape
@@ -62,10 +62,11 @@ def check_recipe(
 ) -> Iterator[Problem]:
     """`clusters`: those it may run on; none of them: this machine."""
     shape = None
-    try:
-        check_engine(recipe.deploy)
-    except Refused as error:
-        yield in_document(document, error)
+    for check in (check_engine, check_precision):
+        try:
+            check(recipe.deploy)
+        except Refused as error:
+            yield in_document(document, error)
     try:
         config = configuration(recipe)
         shape = model_shape(config, recipe.task) if config else None

@@ -38,7 +38,7 @@ from heliostat.recipe.sections import (
     Tracking,
     Training,
 )
-from heliostat.recipe.serving import Deploy, Drift, Gate, GgufDtype, Rollout
+from heliostat.recipe.serving import Deploy, Drift, Gate, GgufDtype, Rollout, check_precision
 
 __all__ = [
     "OPEN",
@@ -70,6 +70,7 @@ __all__ = [
     "Training",
     "Uniform",
     "build",
+    "check_precision",
     "field_paths",
     "load",
     "load_object",
@@ -126,6 +127,7 @@ class Recipe(Section):
                 "with adapters (model.lora.rank) the weights of all blocks are frozen",
                 "set one of the two to 0",
             )
+        check_precision(self.deploy.precision, self.task)
         parallel, training = self.parallelism, self.training
         rows = training.micro_batch_size * parallel.data_parallel
         if parallel.pipeline > 1 and training.global_batch_size < rows * parallel.pipeline:

@@ -11,6 +11,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from heliostat.recipe.base import Count, Refused, Section
 
 GgufDtype = Literal["q8_0", "f16", "f32"]
+INT8_TASKS = ("text_classification",)
+
+
+def check_precision(precision: str, task: str) -> None:
+    """Raises Refused for a precision of `Deploy` that a task is not served in."""
+    if precision == "int8" and task not in INT8_TASKS:
+        reason = f"int8 is for {', '.join(INT8_TASKS)}, not for {task}"
+        raise Refused("deploy.precision", reason, "use float32 or bfloat16")
 
 
 class Gate(Section):
@@ -65,8 +73,13 @@ class Deploy(Section):
     threads_per_replica: PositiveInt = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """0: a replica computes on processors. 0.5: two share a GPU."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; language models keep their weights in it too."""
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of matrix products; language models keep their weights in it too. `int8`: classifiers of texts on processors, by
+    ONNX Runtime; it needs the extra `edge`."""
+    int8_loss: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Of accuracy on the bundle's validation rows: where int8 loses more of float32's, it is not deployed."""
+    int8_disagreement: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Nor where it gives more of these rows another label, whichever is right."""
     engine: Literal["embedded", "llama_cpp", "vllm"] = "embedded"
     """Language models: what draws the tokens. `llama_cpp` is the fast one on CPUs; it needs the extra `llm`. `vllm` is
     the one for GPUs; it needs the environment that `make llm` builds."""
@@ -84,6 +97,8 @@ class Deploy(Section):
     def _replicas(self) -> Deploy:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
+        if self.gpus_per_replica and self.precision == "int8":
+            raise Refused("deploy.gpus_per_replica", "int8 is for processors", "set it 0, or use bfloat16")
         if self.gpus_per_replica > 1:
             raise ValueError(f"gpus_per_replica={self.gpus_per_replica:g}: a replica computes on one GPU; use ≤ 1")
         return self
