@@ -179,8 +179,12 @@ def test_guidellm(served: Served, reference: Reference, python: Path, tmp_path: 
     for request in found["requests"]["successful"]:
         body = json.loads(request["request_args"])["body"]
         assert body["model"] == NAME
-        chat = reference.chat(body["messages"]) if "messages" in body else None
-        prompt = chat or reference.tokenizer(body["prompt"])["input_ids"]
+        if "messages" in body:
+            messages = body["messages"]
+            texts = [{**each, "content": "".join(part["text"] for part in each["content"])} for each in messages]
+            prompt = reference.chat(texts)
+        else:
+            prompt = reference.tokenizer(body["prompt"])["input_ids"]
         assert request["input_metrics"]["text_tokens"] == len(prompt)
         assert request["output_metrics"]["text_tokens"] == drawn
         assert request["output"]

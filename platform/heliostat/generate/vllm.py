@@ -188,7 +188,7 @@ def command(
     return [
         *(environment / "bin" / "python", "-m", "vllm.entrypoints.cli.main", "serve", bundle),
         *("--dtype", precision, "--load-format", "safetensors", "--generation-config", "vllm"),
-        *("--max-model-len", str(longest)),
+        *("--enable-scale-out", "--max-model-len", str(longest)),  # the routes for token ids
         *("--kv-cache-memory-bytes", str(token_bytes * (cache_tokens + SPARE_TOKENS))),
         *("--max-logprobs", "-1", "--structured-outputs-config", json.dumps({"backend": "guidance"})),
         *("--disable-log-stats", "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"),
