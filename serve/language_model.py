@@ -274,7 +274,7 @@ def _language_model(settings: Deploy, name: str) -> type:
             assert self.loaded is not None
             loaded = self.loaded
             loaded.engine.check()
-            precision = settings.precision if settings.engine == "embedded" else settings.gguf_dtype
+            precision = settings.gguf_dtype if settings.engine == "llama_cpp" else settings.precision
             return Health(
                 status="ok",
                 bundle=loaded.digest,

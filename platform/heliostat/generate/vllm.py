@@ -71,7 +71,7 @@ class VllmEngine:
         with theirs, self._log.open("wb") as log:
             starter = subprocess.Popen(
                 ["sh", "-c", LEASH, "sh", *words, "--uds", self._socket],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=log,
                 stderr=log,
                 env=variables(threads) | {"VLLM_RPC_BASE_PATH": self._folder.name},
@@ -177,16 +177,14 @@ class VllmEngine:
         self._folder.cleanup()
 
 
-def command(
-    environment: Path, bundle: Path, config: Any, cache_tokens: int, precision: str, on_gpu: bool
-) -> list[str | Path]:
+def command(environment: Path, bundle: Path, config: Any, cache_tokens: int, precision: str, on_gpu: bool) -> list[str]:
     """What starts vLLM's server; where it listens is not said yet. `config`: of the bundle's model."""
     longest = min(getattr(config, "max_position_embeddings", None) or cache_tokens, cache_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * NUMBER_BYTES[precision]
     return [
-        *(environment / "bin" / "python", "-m", "vllm.entrypoints.cli.main", "serve", bundle),
+        *(f"{environment}/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", str(bundle)),
         *("--dtype", precision, "--load-format", "safetensors", "--generation-config", "vllm"),
         *("--enable-scale-out", "--max-model-len", str(longest)),  # the routes for token ids
         *("--kv-cache-memory-bytes", str(token_bytes * (cache_tokens + SPARE_TOKENS))),
