@@ -22,9 +22,8 @@ from ray.serve import metrics
 from transformers import AutoConfig
 
 from heliostat import installed
-from heliostat.generate import Engine
+from heliostat.generate import Engine, vllm
 from heliostat.generate.embedded import EmbeddedEngine
-from heliostat.generate.vllm import VllmEngine
 from heliostat.models import bundle as bundles
 from heliostat.models.adapters import Adapter, check_base, read_adapter
 from heliostat.predictor import Predictor
@@ -112,7 +111,7 @@ def _engine(predictor: Predictor, settings: Deploy, adapters: dict[str, Adapter]
             model.to(torch.bfloat16)
         return EmbeddedEngine(model, tokenizer, cache_tokens=tokens, threads=threads, adapters=adapters)
     if settings.engine == "vllm":
-        return VllmEngine(
+        return vllm.VllmEngine(
             installed.llm_environment(settings),
             predictor.bundle.path,
             model,
@@ -137,7 +136,9 @@ def _check_engine(path: Path, settings: Deploy) -> None:
         return
     if settings.adapters:
         raise Refused("deploy.adapters", f"{settings.engine} has none", "use deploy.engine=embedded")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if settings.engine == "vllm":
+        vllm.check_model(config, settings.gpus_per_replica > 0)
         return
     from heliostat.generate import gguf_file
 
@@ -145,7 +146,7 @@ def _check_engine(path: Path, settings: Deploy) -> None:
         raise Refused("deploy.gpus_per_replica", "llama_cpp computes on processors", gguf_file.INSTEAD)
     if settings.precision != "float32":
         raise Refused("deploy.precision", "llama_cpp's is deploy.gguf_dtype", "leave it out")
-    gguf_file.check(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    gguf_file.check(config)
 
 
 def _check_adapters(path: Path, settings: Deploy) -> dict[str, list[str]]:

@@ -27,15 +27,15 @@ TEXT_ROWS = 200
 FILL_IN = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
 
 
-def chat_bundle(folder: Path, seed: int = 0) -> Path:
-    """A Llama that was never trained, whose tokenizer chats, calls tools and fills in."""
+def chat_bundle(folder: Path, seed: int = 0, **more: Any) -> Path:
+    """A Llama that was never trained, whose tokenizer chats, calls tools and fills in. `more`: of its configuration."""
     texts = [" ".join(WORDS), json.dumps({"name": "heat", "arguments": {"sizes": [1, 20]}})]
     tokenizer = train_tokenizer(texts * 5, 320)
     tokenizer.add_special_tokens({"additional_special_tokens": FILL_IN, "eos_token": "<|end|>"})
     tokenizer.chat_template = TEMPLATE
     recipe = tiny_llama(folder)
     # So that the likeliest token is so by far.
-    config = {**recipe.model.config, "max_position_embeddings": 1024, "initializer_range": 0.3}
+    config = {**recipe.model.config, "max_position_embeddings": 1024, "initializer_range": 0.3, **more}
     recipe = override(recipe, {"model.config": config, "deploy.cache_tokens": 8192, "seed": seed})
     return write(folder / f"bundle-{seed}", recipe, tokenizer, processor_facts(tokenizer))
 

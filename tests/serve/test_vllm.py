@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the environment ma
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(chat_bundle(tmp_path_factory.mktemp("vllm")))
+    return Reference(chat_bundle(tmp_path_factory.mktemp("vllm"), head_dim=32))
 
 
 @pytest.fixture(scope="module")

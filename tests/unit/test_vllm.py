@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import transformers
 
 from heliostat import installed
-from heliostat.generate import EngineFailed
+from heliostat.generate import EngineFailed, vllm
 from heliostat.generate.vllm import LEASH, VllmEngine
 from heliostat.recipe import Deploy, Refused
 from pipelines.deploy import run
@@ -51,6 +52,14 @@ def test_a_deployment_is_refused_before_ray_starts(tmp_path: Path, capfd: pytest
     said = capfd.readouterr()
     assert "run make llm" in said.out
     assert "Ray" not in said.err
+
+
+def test_heads_that_vllm_does_not_have_are_refused() -> None:
+    small = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4)
+    with pytest.raises(Refused, match="this model's are of 8"):
+        vllm.check_model(small, on_gpu=False)
+    vllm.check_model(small, on_gpu=True)
+    vllm.check_model(transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=64), on_gpu=False)
 
 
 def test_a_server_that_does_not_start_is_told_with_its_own_words(tmp_path: Path) -> None:

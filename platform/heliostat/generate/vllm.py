@@ -34,6 +34,9 @@ SPARE_TOKENS = 256
 """Of the cache: vLLM counts in blocks, and keeps one for itself."""
 POLL_S, STOP_S = 0.2, 20.0
 """How often is asked whether it is ready; how long it may take to end."""
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""That its attention has on processors (`vllm/v1/attention/backends/cpu_attn.py`). With another it starts, and ends at
+the first request."""
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LEASH = 'exec 3<&0; { { "$@" </dev/null 3<&-; kill 0; } & read -r _ <&3; kill 0; } &'
 """Ends the command's whole group of processes when this process has closed its end of the socket, or is no more, and
@@ -177,12 +180,24 @@ class VllmEngine:
         self._folder.cleanup()
 
 
+def check_model(config: Any, on_gpu: bool) -> None:
+    """Raises Refused for a model that vLLM does not compute. `config`: transformers'."""
+    size = _head_size(config.get_text_config())
+    if not on_gpu and size not in HEAD_SIZES:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        reason = f"on processors vllm has attention heads of {sizes}; this model's are of {size}"
+        raise Refused("deploy.engine", reason, "use deploy.engine=embedded")
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def command(environment: Path, bundle: Path, config: Any, cache_tokens: int, precision: str, on_gpu: bool) -> list[str]:
     """What starts vLLM's server; where it listens is not said yet. `config`: of the bundle's model."""
     longest = min(getattr(config, "max_position_embeddings", None) or cache_tokens, cache_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * width * NUMBER_BYTES[precision]
+    token_bytes = 2 * config.num_hidden_layers * heads * _head_size(config) * NUMBER_BYTES[precision]
     return [
         *(f"{environment}/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", str(bundle)),
         *("--dtype", precision, "--load-format", "safetensors", "--generation-config", "vllm"),
