@@ -251,7 +251,7 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_a_real_encoder_loses_no_accuracy(tmp_path: Path, cache: Path) -> None:
-    """all-MiniLM-L6-v2 below a head that scikit-learn fits on 1500 reviews; the gate looks at 800 others."""
+    """all-MiniLM-L6-v2 below a head that scikit-learn fits on 1500 reviews; the gate looks at validation rows."""
     recipe = build(
         {
             "name": "reviews",
@@ -276,7 +276,7 @@ def test_a_real_encoder_loses_no_accuracy(tmp_path: Path, cache: Path) -> None:
     origin = {"fingerprint": data.fingerprint, "folder": str(data.folder)}
     made = bundles.write(tmp_path / "bundle", task, state, data.processor(), data=origin, metrics={}, lineage={})
     found = loading(INT8)(made).found
-    assert found.rows == 800
+    assert found.rows == data.meta["rows"]["validation"]
     assert found.float32 > 0.7  # the majority's share is 0.66
     assert found.int8 > found.float32 - 0.01
     assert found.disagreement < 0.02
