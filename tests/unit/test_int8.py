@@ -13,18 +13,15 @@ import onnx
 import pyarrow as pa
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from heliostat import installed, int8
 from heliostat.data.loader import open_split
-from heliostat.evaluate import batches
 from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
-from heliostat.models.load import build_model
 from heliostat.predictor import Predictor, loading
-from heliostat.recipe import Deploy, Refused, build, override
+from heliostat.recipe import Deploy, Refused, override
 from tests.bundles import TEXT_ROWS, image_bundle, text_bundle
-from tests.recipes import prepared, tiny_bert, tiny_llama
+from tests.recipes import tiny_bert, tiny_llama
 
 INT8 = Deploy(precision="int8")
 
@@ -247,36 +244,3 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(Refused, match=r"no-such-package.*extra `edge`") as error:
         loading(INT8)
     assert error.value.field == "deploy.precision"
-
-
-@pytest.mark.slow
-def test_a_real_encoder_loses_no_accuracy(tmp_path: Path, cache: Path) -> None:
-    """all-MiniLM-L6-v2 below a head that scikit-learn fits on 1500 reviews; the gate looks at validation rows."""
-    recipe = build(
-        {
-            "name": "reviews",
-            "task": "text_classification",
-            "storage": str(tmp_path / "storage"),
-            "model": {"name": "packaged:minilm", "max_length": 96},
-            "data": {"train": "packaged:reviews/train", "validation_fraction": 0.2},
-        }
-    )
-    data = prepared(recipe)
-    task = data.task(recipe)
-    model = build_model(task).eval()
-    rows = open_split(data.folder, "train").slice(0, 1500)
-    features, labels = np.empty((rows.num_rows, model.config.hidden_size), np.float32), rows.column("label").to_numpy()
-    for numbers, batch in batches(task, rows):
-        with torch.inference_mode():
-            features[numbers] = model.bert(**batch.inputs).pooler_output.numpy()
-    head = LogisticRegression(max_iter=1000).fit(features, labels)
-    state = model.state_dict()
-    state["classifier.weight"] = torch.from_numpy(np.concatenate([-head.coef_, head.coef_]) / 2).float()
-    state["classifier.bias"] = torch.from_numpy(np.concatenate([-head.intercept_, head.intercept_]) / 2).float()
-    origin = {"fingerprint": data.fingerprint, "folder": str(data.folder)}
-    made = bundles.write(tmp_path / "bundle", task, state, data.processor(), data=origin, metrics={}, lineage={})
-    found = loading(INT8)(made).found
-    assert found.rows == data.meta["rows"]["validation"]
-    assert found.float32 > 0.7  # the majority's share is 0.66
-    assert found.int8 > found.float32 - 0.01
-    assert found.disagreement < 0.02
