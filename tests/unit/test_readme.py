@@ -72,9 +72,13 @@ def test_fields_that_pages_name_exist() -> None:
 def check(words: list[str]) -> None:
     match words:
         case ["make", target, *variables]:
-            assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no {target}"
+            makefile = (ROOT / "Makefile").read_text()
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"no {target}"
             for variable in variables:
                 name, _, value = variable.partition("=")
+                if (target, name) == ("llm", "LLM"):
+                    assert f"{value}==" in (ROOT / "requirements-llm.txt").read_text()
+                    continue
                 assert (target, name) == ("run", "ARGS"), variable
                 parse(["sentiment", *shlex.split(value)])
         case ["python", "-m", module, *arguments] if module.startswith("bench."):
