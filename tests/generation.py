@@ -6,6 +6,7 @@ import json
 import random
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -57,6 +58,23 @@ def model_of(family: str, tokenizer: Any, **fields: Any) -> Any:
 
 async def answer(engine: Engine, prompt: list[int], sampling: Sampling) -> list[Token]:
     return [token async for tokens in engine.generate(prompt, sampling) for token in tokens]
+
+
+def check_logprobs(
+    drawn: list[Token], scored: list[Token], prompt: list[int], whole: list[int], logprobs_TV: torch.Tensor, abs: float
+) -> None:
+    """`drawn` after the prompt, and the whole text as the engine scored it, three of the likeliest reported each time,
+    are as the model has them. `logprobs_TV`: the model's, behind each token of the text."""
+    assert scored[0] == Token(prompt[0])
+    assert [token.id for token in scored] == whole
+    for position, token in enumerate(scored[1:]):
+        values, others = logprobs_TV[position].topk(3)
+        assert token.logprob == pytest.approx(float(logprobs_TV[position, token.id]), abs=abs)
+        assert [other for other, _ in token.top] == others.tolist()
+        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=abs)
+    for one, other in zip(drawn, scored[len(prompt) : len(prompt) + len(drawn)], strict=True):
+        assert (one.id, [i for i, _ in one.top]) == (other.id, [i for i, _ in other.top])
+        assert one.logprob == pytest.approx(other.logprob, abs=abs)
 
 
 def prompts(count: int, longest: int, vocabulary: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from heliostat.generate.drawing import json_grammar
 from heliostat.generate.vllm import VllmEngine
 from heliostat.recipe import Refused
 from tests.bundles import Reference, chat_bundle
-from tests.generation import GREEDY, SCHEMA, answer, prompts
+from tests.generation import GREEDY, SCHEMA, answer, check_logprobs, prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the environment may have to be built
 
@@ -86,17 +86,7 @@ def test_log_probabilities_are_the_models(engine: VllmEngine, reference: Referen
     drawn, scored, none = asyncio.run(ask())
     assert all(token.logprob is not None and token.top == () for token in none)
     whole = [*prompt, *ids(drawn)]
-    logprobs_TV = reference.logprobs(whole)
-    assert scored[0] == Token(prompt[0])
-    assert ids(scored) == whole
-    for place, token in enumerate(scored[1:]):
-        values, others = logprobs_TV[place].topk(3)
-        assert token.logprob == pytest.approx(float(logprobs_TV[place, token.id]), abs=1e-3)
-        assert [other for other, _ in token.top] == others.tolist()
-        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-3)
-    for one, other in zip(drawn, scored[len(prompt) :], strict=True):
-        assert (one.id, [i for i, _ in one.top]) == (other.id, [i for i, _ in other.top])
-        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+    check_logprobs(drawn, scored, prompt, whole, reference.logprobs(whole), abs=1e-3)
 
 
 @pytest.mark.parametrize("fields", [{"frequency_penalty": 1.5}, {"presence_penalty": 2.0}, {"logit_bias": {9: 30.0}}])

@@ -22,7 +22,18 @@ from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
 from heliostat.generate.text import TextStream
 from heliostat.models.load import train_tokenizer
 from heliostat.recipe import Refused
-from tests.generation import FAMILIES, GREEDY, SCHEMA, SIZES, answer, generated, model_of, prompts, tiny_tokenizer
+from tests.generation import (
+    FAMILIES,
+    GREEDY,
+    SCHEMA,
+    SIZES,
+    answer,
+    check_logprobs,
+    generated,
+    model_of,
+    prompts,
+    tiny_tokenizer,
+)
 from tests.recipes import WORDS
 
 
@@ -102,16 +113,7 @@ def test_log_probabilities_are_the_models(tokenizer: Any) -> None:
     ids = torch.tensor([[*prompt, *(token.id for token in drawn)]])
     with torch.no_grad():
         logprobs_TV = model(ids).logits[0].log_softmax(-1)
-    assert scored[0] == Token(prompt[0])
-    for position, token in enumerate(scored[1:]):
-        values, others = logprobs_TV[position].topk(3)
-        assert token.id == ids[0, position + 1]
-        assert token.logprob == pytest.approx(float(logprobs_TV[position, token.id]), abs=1e-4)
-        assert [other for other, _ in token.top] == others.tolist()
-        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
-    for one, other in zip(drawn, scored[len(prompt) :], strict=True):
-        assert (one.id, [i for i, _ in one.top]) == (other.id, [i for i, _ in other.top])
-        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    check_logprobs(drawn, scored, prompt, ids[0].tolist(), logprobs_TV, abs=1e-4)
 
 
 def frequencies(sampling: Sampling, logits_V: torch.Tensor, draws: int) -> Counter[int]:

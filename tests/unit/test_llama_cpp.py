@@ -20,7 +20,7 @@ from heliostat.generate import EngineFailed, Sampling, Token, gguf_file, llama_c
 from heliostat.generate.drawing import json_grammar
 from heliostat.generate.llama_cpp import Cache, LlamaCppEngine, check_parity, converted
 from heliostat.recipe import Deploy, GgufDtype, Refused
-from tests.generation import GREEDY, SCHEMA, answer, generated, model_of, prompts, tiny_tokenizer
+from tests.generation import GREEDY, SCHEMA, answer, check_logprobs, generated, model_of, prompts, tiny_tokenizer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -155,16 +155,7 @@ def test_log_probabilities_are_the_models(model: Any, tokenizer: Any) -> None:
     whole = torch.tensor([[*prompt, *ids(drawn), tokenizer.eos_token_id]])
     with torch.no_grad():
         logprobs_TV = model(whole).logits[0].log_softmax(-1)
-    assert scored[0] == Token(prompt[0])
-    assert ids(scored) == whole[0].tolist()
-    for position, token in enumerate(scored[1:]):
-        values, others = logprobs_TV[position].topk(3)
-        assert token.logprob == pytest.approx(float(logprobs_TV[position, token.id]), abs=1e-3)
-        assert [other for other, _ in token.top] == others.tolist()
-        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-3)
-    for one, other in zip(drawn, scored[len(prompt) :], strict=False):
-        assert (one.id, [i for i, _ in one.top]) == (other.id, [i for i, _ in other.top])
-        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+    check_logprobs(drawn, scored, prompt, whole[0].tolist(), logprobs_TV, abs=1e-3)
 
 
 @pytest.mark.parametrize(
