@@ -115,7 +115,7 @@ def bare_api(bundle_path: Path) -> FastAPI:
 
     @api.get("/healthz")
     async def healthz() -> Health:
-        return Health(status="ok", bundle=predictor.bundle.digest[:12], version="1", ongoing=0)
+        return Health(status="ok", bundle=predictor.bundle.digest[:12], version="1", precision="float32", ongoing=0)
 
     return api
 

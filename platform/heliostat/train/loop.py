@@ -345,12 +345,12 @@ class Run:
             batches = [batch.to(self.layout.device) for batch in self.validation(Cursor(0, number))]
             micro = self.step.forward_only(batches)
             names = self.step.metric_names(micro)
-            part, _ = self.step.global_sums(micro, names)
+            part = self.step.global_sums(micro, names)
             sums = part if sums is None else sums + part
         model.train()
         self.parallel.reshard()
         assert sums is not None
-        loss_sum, weight, _, _, _, *metrics = sums.tolist()
+        loss_sum, weight, _, *metrics = sums.tolist()[: -len(Wishes._fields)]
         return self.task.metrics(loss_sum, weight, dict(zip(names, metrics, strict=True)))
 
     def _checkpoint(self, settle: bool) -> None:

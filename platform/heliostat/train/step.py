@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +37,24 @@ class StepResult:
     """Global figures of one step, still on the device: reading them waits for the step."""
 
     sums: Tensor
-    """loss_sum, weight, stop requests, checkpoint requests, tokens, then the task's metrics by name."""
+    """loss_sum, weight, tokens, the task's metrics by name, then stop requests and checkpoint requests."""
     grad_norm: Tensor
     metric_names: tuple[str, ...]
     router_aux_loss: Tensor | None = None
 
+    @cached_property
+    def values(self) -> list[float]:
+        """`sums`, once: each reading is a transfer of its own."""
+        return self.sums.tolist()
+
     @property
     def loss(self) -> float:
-        return float(self.sums[0] / self.sums[1].clamp(min=1e-12))
+        return self.values[0] / max(self.values[1], 1e-12)
 
     def figures(self) -> dict[str, float]:
         """Means over the global batch, its weight, and the gradient's norm before clipping. The router's auxiliary
         loss stands beside `loss`, which does not hold it, and without its coefficient."""
-        loss_sum, weight, _, _, tokens, *metrics = self.sums.tolist()
+        loss_sum, weight, tokens, *metrics, _, _ = self.values
         divisor = max(weight, 1e-12)
         means = {name: value / divisor for name, value in zip(self.metric_names, metrics, strict=True)}
         own = {"loss": loss_sum / divisor, "weight": weight, "tokens": tokens, "grad_norm": float(self.grad_norm)}
@@ -58,11 +64,11 @@ class StepResult:
 
     @property
     def stop_requested(self) -> bool:
-        return bool(self.sums[2] > 0)
+        return self.values[-2] > 0
 
     @property
     def checkpoint_requested(self) -> bool:
-        return bool(self.sums[3] > 0)
+        return self.values[-1] > 0
 
 
 class TrainStep:
@@ -105,7 +111,8 @@ class TrainStep:
             if len(batches) > 1:
                 self._count_routing(batches)
         micro = self._pipelined(batches) if self.pipeline else self._plain(batches)
-        sums, names = self.global_sums(micro, self.task.train_metrics, wishes, batches)
+        names = self.task.train_metrics
+        sums = self.global_sums(micro, names, wishes, batches)
         with torch.no_grad():
             self._average_expert_grads()
             self._sum_tensor_grads()
@@ -184,26 +191,21 @@ class TrainStep:
         names: tuple[str, ...],
         wishes: Wishes = NO_WISHES,
         batches: Sequence[Batch] = (),
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        """One all-reduce carries loss, weight, metrics, wishes and the number of the batches' tokens. Pipeline stages
+    ) -> Tensor:
+        """One all-reduce carries loss, weight, the number of the batches' tokens, metrics and wishes. Pipeline stages
         without a loss add zeros."""
-        device = self.parallel.layout.device
-        sums = torch.zeros(5 + len(names), dtype=torch.float64, device=device)
-        for loss_sum, weight, metric_sums in micro:
-            sums += torch.stack(
-                [
-                    loss_sum.double(),
-                    weight.double(),
-                    *sums.new_zeros(3),
-                    *(metric_sums[name].double() for name in names),
-                ]
-            )
+        layout = self.parallel.layout
         if micro:
-            sums[4] = sum(batch.tokens for batch in batches)
-        sums = self.parallel.layout.counted_once(sums)
-        sums[2], sums[3] = float(wishes.stop), float(wishes.checkpoint)  # any rank's counts
-        self.parallel.layout.add_up(sums)
-        return sums, names
+            own = [[each.loss_sum, each.weight, *(each.metric_sums[name] for name in names)] for each in micro]
+            loss_sum, weight, *metrics = (sum(values[1:], values[0].double()) for values in zip(*own, strict=True))
+            tokens = sum((batch.tokens.double() for batch in batches), torch.zeros_like(weight))
+            sums = torch.stack([loss_sum, weight, tokens, *metrics])
+        else:
+            sums = torch.zeros(3 + len(names), dtype=torch.float64, device=layout.device)
+        wished = torch.tensor(wishes, dtype=torch.float64).to(layout.device, non_blocking=True)
+        sums = torch.cat([layout.counted_once(sums), wished])  # any rank's wishes count
+        layout.add_up(sums)
+        return sums
 
     def _average_expert_grads(self) -> None:
         """FSDP averaged them over the ranks with the same experts; all others over the batch group."""
