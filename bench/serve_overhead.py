@@ -11,7 +11,7 @@ and then what it costs without one, by a route that does nothing:
     bare        the same of a bare Ray Serve deployment
 
 Requests a second, latency, and CPU time of a request in the processes that it passes (proxy and replica, or uvicorn),
-in interleaved blocks (A B C D A B C D …), with one keep-alive client process for all. Each request to a model holds one
+in interleaved blocks (A B C D D C B A …), with one keep-alive client process for all. Each request to a model holds one
 text. All on Ray Serve have the same proxy, which each line names: HAProxy, or with RAY_SERVE_ENABLE_HA_PROXY=0 Ray's
 own. Prints medians, and ratios paired by round, one line for each number of connections. Client and servers share the
 machine's cores: read rates and latencies only beside each other.
@@ -103,6 +103,15 @@ def tiny_bundle(folder: Path) -> Path:
     return Path(train(recipe, prepare(recipe)[0].folder, folder / "run")["bundle"])
 
 
+def bare_answer(predictor: Predictor, question: Question) -> Answer:
+    inputs = question.inputs if isinstance(question.inputs, list) else [question.inputs]
+    return Answer(predictions=predictor.predict(inputs), bundle=predictor.bundle.digest[:12], version="1")
+
+
+def bare_health(predictor: Predictor) -> Health:
+    return Health(status="ok", bundle=predictor.bundle.digest[:12], version="1", precision="float32", ongoing=0)
+
+
 def bare_api(bundle_path: Path) -> FastAPI:
     """The least that answers as the classifier does."""
     api = FastAPI()
@@ -110,12 +119,11 @@ def bare_api(bundle_path: Path) -> FastAPI:
 
     @api.post("/predict")
     async def predict(question: Question) -> Answer:
-        inputs = question.inputs if isinstance(question.inputs, list) else [question.inputs]
-        return Answer(predictions=predictor.predict(inputs), bundle=predictor.bundle.digest[:12], version="1")
+        return bare_answer(predictor, question)
 
     @api.get("/healthz")
     async def healthz() -> Health:
-        return Health(status="ok", bundle=predictor.bundle.digest[:12], version="1", precision="float32", ongoing=0)
+        return bare_health(predictor)
 
     return api
 
@@ -126,12 +134,24 @@ def run_uvicorn(bundle_path: Path, port: int) -> None:
 
 
 def bare_serve(bundle_path: Path, settings: Deploy) -> serve.Application:
+    """The same, as Ray's documentation writes a deployment with FastAPI."""
+    api = FastAPI()
+
     @serve.deployment(
         max_ongoing_requests=settings.max_ongoing_requests, ray_actor_options={"num_cpus": settings.cpus_per_replica}
     )
-    @serve.ingress(lambda: bare_api(bundle_path))
+    @serve.ingress(api)
     class Bare:
-        pass
+        def __init__(self) -> None:
+            self.predictor = Predictor(bundles.read(bundle_path), threads=1)
+
+        @api.post("/predict")
+        async def predict(self, question: Question) -> Answer:
+            return bare_answer(self.predictor, question)
+
+        @api.get("/healthz")
+        async def healthz(self) -> Health:
+            return bare_health(self.predictor)
 
     return Bare.bind()
 
@@ -170,6 +190,8 @@ def endpoints(bundle_path: Path) -> Iterator[list[Way]]:
         unbatched = settings.model_copy(update={"max_batch_size": 1, "batch_wait_s": 0.0})
         serve.run(application(bundle_path, "1", unbatched), name="unbatched", route_prefix="/unbatched")
         serve.run(bare_serve(bundle_path, settings), name="serve", route_prefix="/serve")
+        while len(haproxies()) > 1:  # one with the routes of before is to end
+            time.sleep(0.1)
         yield [
             Way("heliostat", settings.port, "/predict", serve_processes("heliostat")),
             Way("unbatched", settings.port, "/unbatched/predict", serve_processes("unbatched")),
@@ -242,8 +264,8 @@ def measure(
     for way in ways:
         block(client, way, connections, 2.0)  # warm-up
     found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
-    for _ in range(rounds):
-        for way in ways:
+    for number in range(rounds):
+        for way in ways if number % 2 else reversed(ways):  # none always comes after the same
             found[way.name].append(block(client, way, connections, duration))
     ours = found.pop(ways[0].name)
     return {

@@ -76,51 +76,36 @@ class Health(Body):
     """Requests that this replica is busy with."""
 
 
-class Measured:
-    """What Ray exports to Prometheus of the requests of some paths, each name with `ray_` before it. It is made in the
-    replica, with the first request."""
+class Observed:
+    """Says in every answer which replica made it, and of requests of some paths what Ray exports to Prometheus, each
+    name with `ray_` before it. It is made in the replica, with the first request."""
 
     def __init__(self, app: Any, paths: tuple[str, ...]) -> None:
         self.app, self.paths = app, paths
+        self.header = (b"x-replica", serve.get_replica_context().replica_id.unique_id.encode())
         self.requests = metrics.Counter(
             "heliostat_serve_requests", "Requests by outcome: answered, refused (4xx), failed", ("outcome",)
         )
         self.latency = metrics.Histogram("heliostat_serve_latency_s", "Of requests that were answered", LATENCIES_S)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith(self.paths):
-            await self.app(scope, receive, send)
-            return
         begun, status = time.perf_counter(), 500  # which an exception becomes
 
         async def noted(message: dict[str, Any]) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], self.header]}
             await send(message)
 
         try:
             await self.app(scope, receive, noted)
         finally:
-            outcome = "answered" if status < 400 else "refused" if status < 500 else "failed"
-            self.requests.inc(1, {"outcome": outcome})
-            if outcome == "answered":
-                self.latency.observe(time.perf_counter() - begun)
-
-
-class Replica:
-    """Says in every answer which replica made it."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.header = (b"x-replica", serve.get_replica_context().replica_id.unique_id.encode())
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[Any], Any]) -> None:
-        async def named(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], self.header]}
-            await send(message)
-
-        await self.app(scope, receive, named)
+            if scope["type"] == "http" and scope["path"].endswith(self.paths):
+                outcome = "answered" if status < 400 else "refused" if status < 500 else "failed"
+                self.requests.inc(1, {"outcome": outcome})
+                if outcome == "answered":
+                    self.latency.observe(time.perf_counter() - begun)
 
 
 def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
@@ -130,8 +115,7 @@ def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
     api.add_middleware(Deadline, timeout_s=settings.timeout_s)  # each around those before it
     if settings.keys_file:
         api.add_middleware(Gated, source=settings.keys_file)
-    api.add_middleware(Measured, paths=paths)
-    api.add_middleware(Replica)
+    api.add_middleware(Observed, paths=paths)
     return api
 
 

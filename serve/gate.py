@@ -201,24 +201,24 @@ class Deadline:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, events = False, False
+        begun: dict[str, Any] | None = None
 
         async def noted(message: dict[str, Any]) -> None:
-            nonlocal begun, events
-            if message["type"] == "http.response.start":
-                begun = True
-                events = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+            nonlocal begun
+            begun = begun or message
             await send(message)
 
         try:
             async with asyncio.timeout(self.timeout_s) as deadline:
                 await self.app(scope, receive, noted)
         except TimeoutError:
-            if not deadline.expired() or (begun and not events):
+            if not deadline.expired():
                 raise
             message = f"not answered within {self.timeout_s:g} s"
-            if not begun:
+            if begun is None:
                 await refusal(path_of(scope), 504, message)(scope, receive, send)
                 return
+            if not dict(begun["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
+                raise
             problem = json.dumps(Problem(504, message).body())
             await send({"type": "http.response.body", "body": f"data: {problem}\n\n".encode() + DONE})
