@@ -4,6 +4,8 @@
               second and the third answer, and what requests took before, meanwhile and after
     batching  16 connections ask one replica that computes requests together and one that does not
               (`deploy.max_batch_size=1`), in interleaved blocks (A B A B …): medians, and ratios paired by round
+    wake      one request is sent to an endpoint that has given all of its replicas back (`deploy.min_replicas=0`):
+              seconds until it is answered
     soak      eight connections ask two replicas for a while, of which one is killed every minute (SIGKILL): requests
               that failed, seconds until two answer again, and how the memory of controller and proxy grows
 
@@ -54,6 +56,8 @@ STEP_S = 90.0
 KILL_EVERY_S, BACK_S = 60.0, 25.0
 """The last kill leaves time for being replaced."""
 WATCH_S = 0.25
+SETTLED_S = 3.0
+"""After a replica has gone."""
 
 
 async def ask(url: str, until: float, seen: list[tuple[float, float, int]]) -> None:
@@ -169,6 +173,23 @@ def batching(client: ProcessPoolExecutor, bundle: Path, settings: Deploy) -> dic
     }
 
 
+def wake(client: ProcessPoolExecutor, bundle: Path, settings: Deploy) -> dict[str, Any]:
+    none = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1.0}
+    url = deploy(bundle, "1", settings.model_copy(update=none), NAME)
+    seen = []
+    for _ in range(ROUNDS):
+        while replicas():
+            time.sleep(WATCH_S)
+        time.sleep(SETTLED_S)
+        seen.append(client.submit(load, url, FEW, time.time() + WATCH_S).result()[0])
+    return {
+        "load": "wake",
+        "rounds": ROUNDS,
+        "seconds_to_answer": spread([took for _, took, _ in seen]),
+        "failed": sum(status != 200 for _, _, status in seen),
+    }
+
+
 def soak(client: ProcessPoolExecutor, bundle: Path, settings: Deploy, seconds: float) -> dict[str, Any]:
     url = deploy(bundle, "1", settings.model_copy(update={"min_replicas": SOAKED, "max_replicas": SOAKED}), NAME)
     while replicas() != SOAKED:
@@ -225,6 +246,7 @@ def main() -> None:
             for measured in (
                 lambda: step(client, bundle, settings, STEP_S),
                 lambda: batching(client, bundle, settings),
+                lambda: wake(client, bundle, settings),
                 lambda: soak(client, bundle, settings, 60 * options.minutes),
             ):
                 print(json.dumps(measured()), file=sys.stdout, flush=True)

@@ -29,6 +29,7 @@ from heliostat.predictor import Predictor, loading
 from heliostat.recipe import Deploy, Refused, check_precision, nearest
 from heliostat.tasks.text_embedding import TextEmbedding
 from serve import haproxy, keys
+from serve.forms import Forms
 from serve.gate import ADMITTED, BodyLimit, Deadline, Gated
 
 logger = logging.getLogger("heliostat")
@@ -109,10 +110,12 @@ class Observed:
 
 
 def http(settings: Deploy, paths: tuple[str, ...]) -> FastAPI:
-    """An application with what all of them have around their routes. `paths`: those whose requests are measured."""
+    """An application with what all of them have around their routes, the outermost last. `paths`: those whose
+    requests are measured."""
     api = FastAPI(title="Heliostat", version=heliostat.__version__)
+    api.add_middleware(Forms, max_inputs=settings.max_inputs, max_body_bytes=settings.max_body_bytes)
     api.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    api.add_middleware(Deadline, timeout_s=settings.timeout_s)  # each around those before it
+    api.add_middleware(Deadline, timeout_s=settings.timeout_s)
     if settings.keys_file:
         api.add_middleware(Gated, source=settings.keys_file)
     api.add_middleware(Observed, paths=paths)

@@ -38,6 +38,7 @@ from serve.application import (
     page,
     scaled,
 )
+from serve.forms import OPENAPI
 
 Rows = Callable[[], pa.Table]
 """Makes prepared rows of what was asked."""
@@ -97,7 +98,7 @@ def predicting(api: FastAPI, settings: Deploy) -> type:
         async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
             return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
 
-        @api.post("/predict", responses={413: {"model": Problem}, 422: {"model": Problem}})
+        @api.post("/predict", responses={413: {"model": Problem}, 422: {"model": Problem}}, openapi_extra=OPENAPI)
         async def predict(self, question: Question) -> Answer:
             """Predict for one input or several."""
             inputs = inputs_of(question, settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import socket
@@ -10,10 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import yaml
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from heliostat.hardware import free_port
@@ -283,6 +287,48 @@ def test_a_page_to_drop_images_on(endpoint: Endpoint, paths: list[Path], tmp_pat
     (prediction,) = Predictor(bundle).predict([{"image": image}])
     assert f"{prediction['label']}\t" in shown
     assert "version images · replica" in shown
+
+
+def test_images_come_in_forms(endpoint: Endpoint, paths: list[Path], tmp_path: Path) -> None:
+    """As in JSON, in the order of the form's parts."""
+    bundle = bundles.read(image_bundle(tmp_path))
+    deploy(bundle.path, "images", endpoint.settings, "tiny")
+    dark, bright = (image_file(shade) for shade in (10, 240))
+
+    def post(*files: tuple[str, bytes], **options: Any) -> httpx.Response:
+        parts = [(name, (f"{name}.png", content, "image/png")) for name, content in files]
+        return httpx.post(f"{endpoint.url}/predict", files=parts or None, timeout=60, **options)
+
+    try:
+        answer = post(("image", dark), ("image", bright), ("image", dark))
+        assert answer.status_code == 200, answer.text
+        inputs = [{"image": base64.b64encode(content).decode()} for content in (dark, bright, dark)]
+        same(answer.json()["predictions"], Predictor(bundle).predict(inputs))
+        assert answer.json()["predictions"] == endpoint.post({"inputs": inputs}).json()["predictions"]
+        assert answer.json()["predictions"][0] != answer.json()["predictions"][1]
+
+        for refused, status, reason in [
+            (post(("image", dark), ("image", b"no image")), 422, "inputs.1: "),
+            (post(("picture", dark)), 422, "inputs.0: each input is"),
+            (post(("image", bytes(endpoint.settings.max_body_bytes))), 413, "body: more than"),
+            (post(*[("image", dark)] * (endpoint.settings.max_inputs + 1)), 400, "Too many files"),
+            (post(content=b"--", headers={"content-type": "multipart/form-data"}), 400, "Missing boundary"),
+            (post(content=b"a=b", headers={"content-type": "application/x-www-form-urlencoded"}), 422, "body: "),
+        ]:
+            assert refused.status_code == status, refused.text
+            assert refused.json()["detail"].startswith(reason)
+    finally:
+        deploy(paths[0], "texts", endpoint.settings, "tiny")
+    text = httpx.post(f"{endpoint.url}/predict", files={"text": (None, TEXTS[0])}, timeout=60).json()
+    same(text["predictions"], endpoint.post({"inputs": {"text": TEXTS[0]}}).json()["predictions"])
+    described = httpx.get(f"{endpoint.url}/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert set(described) == {"application/json", "multipart/form-data"}
+
+
+def image_file(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(file, "PNG")
+    return file.getvalue()
 
 
 @needs.chromium

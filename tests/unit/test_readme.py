@@ -118,6 +118,10 @@ def check(words: list[str]) -> None:
             else:
                 assert url.path == "/v1/chat/completions"
                 ChatRequest.model_validate(asked)
+        case ["curl", "-s", address, "-F", part]:
+            url, settings = urlsplit(f"http://{address}"), find_recipe("digits").deploy
+            assert (url.hostname, url.port, url.path) == (settings.host, settings.port, "/predict")
+            assert re.fullmatch(r"image=@\w+\.png", part)
         case ["docker", "build", "-f", file, "-t", image, "."]:
             assert (ROOT / file).is_file()
             check(["docker", "push", image])

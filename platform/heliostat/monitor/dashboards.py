@@ -207,6 +207,17 @@ SERVING = Dashboard(
                 },
             ),
             Panel(
+                "Time until a replica is ready",
+                "s",
+                {
+                    "{{application}} {{deployment}}": "sum by (application, deployment) "
+                    f"(ray_serve_replica_startup_latency_ms_sum{{{ENDPOINT}}}) / 1000 / "
+                    "sum by (application, deployment) "
+                    f"(ray_serve_replica_startup_latency_ms_count{{{ENDPOINT}}})"
+                },
+                "From its being wanted until its model has answered: the mean of all that were started.",
+            ),
+            Panel(
                 "Inputs of a forward pass",
                 "none",
                 shares("ray_heliostat_serve_batch_size", ENDPOINT, "application"),
