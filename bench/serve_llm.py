@@ -24,7 +24,6 @@ import json
 import math
 import os
 import random
-import signal
 import statistics
 import string
 import subprocess
@@ -228,7 +227,7 @@ async def measure(
             peer = llama_cpp_server(file, tokens, folder)
             engine = LlamaCppEngine(file, dtype, shared, tokenizer, cache_tokens=tokens, threads=THREADS)
         stack.callback(peer.wait)
-        stack.callback(peer.send_signal, signal.SIGINT)
+        stack.callback(peer.terminate)  # in the background of a shell, SIGINT is ignored
         if engine is not None:
             stack.callback(engine.close)
         deploy(path, "1", settings, NAME)
