@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from bench.train_overhead import spread
 from heliostat.train.checkpoint import Place, Writer, newest
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
     "num_hidden_layers": 12,

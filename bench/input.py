@@ -50,11 +50,11 @@ def make_data(folder: Path, rows: int) -> tuple[Recipe, Prepared]:
             for part, start in enumerate(range(0, count, 50_000)):
                 ids = random.integers(0, VOCABULARY, (min(50_000, count - start), LENGTH), np.int32)
                 matrix.write(ids.tobytes())
-                offsets = pa.array(np.arange(0, ids.size + 1, LENGTH, np.int32))
+                offsets = pa.array(np.arange(0, ids.size + 1, LENGTH, dtype=np.int32))
                 table = pa.table(
                     {
                         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids.reshape(-1))),
-                        "length": pa.array(np.full(len(ids), LENGTH, np.int32)),
+                        "length": pa.array(np.full(len(ids), LENGTH, dtype=np.int32)),
                         "sample_id": pa.array(np.arange(len(ids)) | (source << 52) | (part << 32)),
                     }
                 )
@@ -129,7 +129,8 @@ def torchdata(folder: Path, recipe: Recipe, data: Prepared, workers: int = 0) ->
     weights = [weight / data.meta["sources"][name] for name, (_, weight) in SHARES.items()]
     by_row = np.repeat(weights, list(data.meta["sources"].values()))
     while True:
-        sampler = torch.utils.data.WeightedRandomSampler(torch.from_numpy(by_row), BATCHES * ROWS_A_BATCH)
+        row_weights: Any = torch.from_numpy(by_row)  # declared as a sequence
+        sampler = torch.utils.data.WeightedRandomSampler(row_weights, BATCHES * ROWS_A_BATCH)
         rows = MatrixRows(matrix(folder))
         for ids_BT in StatefulDataLoader(rows, ROWS_A_BATCH, sampler=sampler, num_workers=workers):
             yield shifted(ids_BT)

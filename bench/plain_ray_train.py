@@ -44,7 +44,7 @@ if __name__ == "__main__":
         worker,
         train_loop_config={"model": config.read_text(), "file": str(file)},
         scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # the older one is declared
             name="plain",
             storage_path=str(file.parent / "plain"),
             worker_runtime_env={"env_vars": {"GLOO_SOCKET_IFNAME": interface}},

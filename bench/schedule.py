@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 from heliostat.scheduling.fair_share import fair_share
 from heliostat.scheduling.simulate import WORKER, Cluster
@@ -22,7 +23,7 @@ from heliostat.scheduling.traces import Submitted, synthetic
 
 def job(of: Submitted) -> Job:
     least, most = of.min_gpus or of.gpus, of.max_gpus or of.gpus
-    who = {"tenant": of.tenant, "priority": of.priority}
+    who: dict[str, Any] = {"tenant": of.tenant, "priority": of.priority}
     return Job(of.name, of.time, of.gpus, least, most, WORKER, **who, speed=Amdahl(of.serial), estimate_s=of.estimate_s)
 
 

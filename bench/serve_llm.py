@@ -53,7 +53,7 @@ HOST, NAME = "127.0.0.1", "bench-llm"
 PORTS = {"heliostat": 8731, "transformers": 8732, "llama_cpp": 8733, "vllm": 8734}
 PEERS = {"embedded": "transformers", "llama_cpp": "llama_cpp", "vllm": "vllm"}
 PROMPT_WORDS, NEW_TOKENS, THREADS = 32, 48, 2
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 512,
     "intermediate_size": 1408,

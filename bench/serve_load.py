@@ -38,6 +38,7 @@ import psutil
 import ray
 import torch
 from ray import serve
+from ray.serve._private.common import ReplicaState
 
 import heliostat.launch.cluster as cluster
 from bench.serve_overhead import TEXT, spread, tiny_bundle
@@ -87,7 +88,7 @@ def load(url: str, connections: int, until: float) -> list[tuple[float, float, i
 def replicas() -> int:
     """That answer now."""
     (deployment,) = serve.status().applications[NAME].deployments.values()
-    return deployment.replica_states.get("RUNNING", 0)
+    return deployment.replica_states.get(ReplicaState.RUNNING, 0)
 
 
 def processes(kind: str) -> list[psutil.Process]:

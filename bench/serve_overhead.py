@@ -153,7 +153,7 @@ def bare_serve(bundle_path: Path, settings: Deploy) -> serve.Application:
         async def healthz(self) -> Health:
             return bare_health(self.predictor)
 
-    return Bare.bind()
+    return Bare.bind()  # type: ignore[attr-defined]  # the decorators' doing
 
 
 def processes(*titles: str) -> list[psutil.Process]:

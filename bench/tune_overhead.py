@@ -66,7 +66,7 @@ class Sleep:
 
 
 def heliostat(trials: int, folder: Path) -> None:
-    space = {"x": Uniform(low=0, high=1)}
+    space: dict[str, Any] = {"x": Uniform(low=0, high=1)}
     tune = Tune(num_trials=trials, algorithm="random", scheduler="none", space=space)
     study = Study(tune, {"loss": False}, 0, "search", folder)
     Driver(study, Sleep(), SLOTS).run()

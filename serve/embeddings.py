@@ -49,7 +49,7 @@ def _embeddings(settings: Deploy, name: str) -> type:
     base: Any = predicting(api, settings)
 
     @serve.ingress(api)
-    class Embeddings(base):  # type: ignore[misc]
+    class Embeddings(base):
         def __init__(self) -> None:
             super().__init__()
             self.tokens = metrics.Counter("heliostat_serve_tokens", "By kind: of prompts, of completions", ("kind",))

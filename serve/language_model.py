@@ -111,6 +111,7 @@ def _engine(predictor: Predictor, settings: Deploy, adapters: dict[str, Adapter]
             model.to(torch.bfloat16)
         return EmbeddedEngine(model, tokenizer, cache_tokens=tokens, threads=threads, adapters=adapters)
     if settings.engine == "vllm":
+        assert settings.precision != "int8"  # refused before
         return vllm.VllmEngine(
             installed.llm_environment(settings),
             predictor.bundle.path,

@@ -85,7 +85,7 @@ class Split:
         where they are not the way in yet."""
         stable = self.applications[served]
         inner = stable._bound_deployment.name
-        router = serve.deployment(Router).options(
+        router = serve.deployment(Router).options(  # type: ignore[attr-defined]  # Ray means a Deployment
             name=ROUTER,
             version=self.salt,  # the same: what runs goes on
             _internal=True,

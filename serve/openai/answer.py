@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -176,7 +176,7 @@ class Answer:
         choices = [self.join(of_one) for of_one in parts]
         return {**self.head, "object": self.object, "choices": choices, "usage": self.usage()}
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """Server-sent events, `[DONE]` at the end. A failure on the way is an event too: the status has been sent."""
         options = self.request.stream_options
         last, each = (
