@@ -308,7 +308,7 @@ def test_images_come_in_forms(endpoint: Endpoint, paths: list[Path], tmp_path: P
         assert answer.json()["predictions"][0] != answer.json()["predictions"][1]
 
         for refused, status, reason in [
-            (post(("image", dark), ("image", b"no image")), 422, "inputs.1: "),
+            (post(("image", dark), ("image", b"no image")), 422, "inputs.1: not an image"),
             (post(("picture", dark)), 422, "inputs.0: each input is"),
             (post(("image", bytes(endpoint.settings.max_body_bytes))), 413, "body: more than"),
             (post(*[("image", dark)] * (endpoint.settings.max_inputs + 1)), 400, "Too many files"),

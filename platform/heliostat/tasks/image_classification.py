@@ -80,7 +80,11 @@ class ImageClassification(Task):
         shape = self.facts.get("image_shape")
         images = []
         for row, value in enumerate(column.to_pylist()):
-            image = _decode(value, row_name(table, row, where), shape)
+            try:
+                image = _decode(value, shape)
+            except ValueError as error:
+                reason = f"{row_name(table, row, where)} is {error}"
+                raise Refused("data.image_column", reason, "remove the row, or repair the file") from error
             shape = shape or list(image.shape)
             images.append(image)
         return np.stack(images) if images else np.empty((0, *(shape or (1, 1, 1))), np.uint8)
@@ -141,7 +145,10 @@ class ImageClassification(Task):
                 image = base64.b64decode(item["image"].partition(",")[2] or item["image"], validate=True)
             except binascii.Error as error:
                 raise Refused(f"inputs.{i}", f"not base64: {error}") from error
-            _decode(image, f"inputs.{i}", self.facts["image_shape"])
+            try:
+                _decode(image, self.facts["image_shape"])
+            except ValueError as error:
+                raise Refused(f"inputs.{i}", str(error)) from error
             images.append(image)
         return pa.table({self.recipe.data.image_column: pa.array(images, pa.binary())})
 
@@ -195,19 +202,16 @@ def _encoded(value: Any) -> bytes | None:
     return value if isinstance(value, bytes) else None
 
 
-def _decode(value: Any, where: str, shape: list[int] | None) -> np.ndarray:
-    """An encoded image as (C, H, W) uint8, converted to the channels and size of `shape`."""
+def _decode(value: Any, shape: list[int] | None) -> np.ndarray:
+    """An encoded image as (C, H, W) uint8, converted to the channels and size of `shape`. Raises ValueError for what is
+    none."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         image: Image.Image = Image.open(io.BytesIO(_encoded(value) or b""))
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused(
-            "data.image_column",
-            f"{where} is not an image that can be read: {error}",
-            "remove the row, or repair the file",
-        ) from error
+        raise ValueError(f"not an image that can be read: {error}") from error
     channels = shape[0] if shape else (1 if image.mode in ("L", "1", "I;16") else 3)
     image = image.convert("L" if channels == 1 else "RGB")
     if shape and image.size != (shape[2], shape[1]):
