@@ -11,7 +11,7 @@
 
 Clients and servers share the machine's cores. Prints a line of JSON for each.
 
-    python -m bench.serve_load [--minutes 10]
+    python -m bench.serve_load [--only wake soak] [--minutes 10]
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from serve.classifier import application
 
 NAME, ALONE = "load", "unbatched"
 KINDS = ("ServeController", "HAProxyManager", "ProxyActor", "ServeReplica")
+LOADS = ("step", "batching", "wake", "soak")
 FEW, MANY, STEADY, TOGETHER = 1, 32, 8, 16
 ROUNDS, BLOCK_S = 5, 5.0
 SOAKED = 2
@@ -182,7 +183,7 @@ def wake(client: ProcessPoolExecutor, bundle: Path, settings: Deploy) -> dict[st
         while replicas():
             time.sleep(WATCH_S)
         time.sleep(SETTLED_S)
-        seen.append(client.submit(load, url, FEW, time.time() + WATCH_S).result()[0])
+        seen.append(client.submit(load, url, FEW, time.time() + SETTLED_S).result()[0])
     return {
         "load": "wake",
         "rounds": ROUNDS,
@@ -230,6 +231,7 @@ def soak(client: ProcessPoolExecutor, bundle: Path, settings: Deploy, seconds: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of the soak")
+    parser.add_argument("--only", nargs="+", choices=LOADS, default=LOADS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = Deploy(port=free_port(), min_replicas=1, max_replicas=3, target_ongoing_requests=8, upscale_delay_s=2)
@@ -244,13 +246,14 @@ def main() -> None:
             "local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
         )
         try:
-            for measured in (
-                lambda: step(client, bundle, settings, STEP_S),
-                lambda: batching(client, bundle, settings),
-                lambda: wake(client, bundle, settings),
-                lambda: soak(client, bundle, settings, 60 * options.minutes),
-            ):
-                print(json.dumps(measured()), file=sys.stdout, flush=True)
+            measure = {
+                "step": lambda: step(client, bundle, settings, STEP_S),
+                "batching": lambda: batching(client, bundle, settings),
+                "wake": lambda: wake(client, bundle, settings),
+                "soak": lambda: soak(client, bundle, settings, 60 * options.minutes),
+            }
+            for name in options.only:
+                print(json.dumps(measure[name]()), file=sys.stdout, flush=True)
         finally:
             ray.shutdown()
 
