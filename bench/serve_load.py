@@ -178,12 +178,13 @@ def batching(client: ProcessPoolExecutor, bundle: Path, settings: Deploy) -> dic
 def wake(client: ProcessPoolExecutor, bundle: Path, settings: Deploy) -> dict[str, Any]:
     none = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1.0}
     url = deploy(bundle, "1", settings.model_copy(update=none), NAME)
+    client.submit(load, url, FEW, 0.0).result()  # asks nothing: the client's process is there then
     seen = []
     for _ in range(ROUNDS):
         while replicas():
             time.sleep(WATCH_S)
         time.sleep(SETTLED_S)
-        seen.append(client.submit(load, url, FEW, time.time() + SETTLED_S).result()[0])
+        seen.append(client.submit(load, url, FEW, time.time() + WATCH_S).result()[0])
     return {
         "load": "wake",
         "rounds": ROUNDS,
