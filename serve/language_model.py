@@ -41,6 +41,7 @@ from serve.application import (
     scaled,
 )
 from serve.application import Answer as Predictions
+from serve.forms import OPENAPI
 from serve.gate import SPEND
 from serve.openai.answer import Answer
 from serve.openai.chat import ChatAnswer
@@ -262,7 +263,7 @@ def _language_model(settings: Deploy, name: str) -> type:
                     async for event in events:
                         yield event
 
-        @api.post("/predict")
+        @api.post("/predict", openapi_extra=OPENAPI)
         async def predict(self, question: Question) -> Predictions:
             """How well the model expects each text."""
             assert self.loaded is not None

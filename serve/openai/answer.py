@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -36,7 +36,7 @@ class Question:
     stop: list[str] = field(default_factory=list)
 
 
-async def pieces(engine: Engine, question: Question) -> AsyncIterator[Piece]:
+async def pieces(engine: Engine, question: Question) -> AsyncGenerator[Piece, None]:
     """An answer as it comes; the last piece has `finish`. Closing the iterator gives the answer up."""
     text = TextStream(engine.tokenizer, question.prompt, question.stop)
     drawn = 0
@@ -66,7 +66,7 @@ async def pieces(engine: Engine, question: Question) -> AsyncIterator[Piece]:
         await stream.aclose()  # type: ignore[attr-defined]
 
 
-async def merged(engine: Engine, questions: list[Question]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(engine: Engine, questions: list[Question]) -> AsyncGenerator[tuple[int, Piece], None]:
     """(choice, piece) of all questions as they come. A failure of one is raised, and ends all."""
     queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
@@ -78,7 +78,7 @@ async def merged(engine: Engine, questions: list[Question]) -> AsyncIterator[tup
         except Exception as error:  # noqa: BLE001 - raised again by who reads the queue
             queue.put_nowait((index, error))
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     tasks = [asyncio.create_task(one(index, question)) for index, question in enumerate(questions)]
     left = len(tasks)
@@ -146,7 +146,7 @@ class Answer:
 
     # -- what both do
 
-    async def parts(self) -> AsyncIterator[dict[str, Any]]:
+    async def parts(self) -> AsyncGenerator[dict[str, Any], None]:
         stream = self.pieces()
         try:
             async for index, piece in stream:
@@ -155,15 +155,15 @@ class Answer:
                     self.first_token_s = time.perf_counter() - self.begun
                 yield self.part(index, piece)
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         stream = merged(self.engine, self.questions)
         try:
             async for found in stream:
                 yield found
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(prompt) for prompt in self.prompts)
@@ -202,7 +202,7 @@ class Answer:
         except Exception as error:  # noqa: BLE001 - what the client must hear of
             yield _event(as_problem(error).body())
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
         yield "data: [DONE]\n\n"
 
     # -- for the kinds

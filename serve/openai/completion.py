@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from heliostat.generate import Sampling, Token
@@ -47,7 +47,7 @@ class CompletionAnswer(Answer):
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [one or [begin] for one in prompts]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         if self.request.echo:
             for index, question in enumerate(self.questions):
                 yield index, await self._echo(question.prompt)
@@ -60,7 +60,7 @@ class CompletionAnswer(Answer):
             async for found in stream:
                 yield found
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     async def _echo(self, prompt: list[int]) -> Piece:
         if self.request.logprobs is None:

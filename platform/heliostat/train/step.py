@@ -198,7 +198,7 @@ class TrainStep:
         if micro:
             own = [[each.loss_sum, each.weight, *(each.metric_sums[name] for name in names)] for each in micro]
             loss_sum, weight, *metrics = (sum(values[1:], values[0].double()) for values in zip(*own, strict=True))
-            tokens = sum((batch.tokens.double() for batch in batches), torch.zeros_like(weight))
+            tokens = sum((batch.tokens for batch in batches), torch.zeros_like(weight))
             sums = torch.stack([loss_sum, weight, tokens, *metrics])
         else:
             sums = torch.zeros(3 + len(names), dtype=torch.float64, device=layout.device)
