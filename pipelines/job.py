@@ -65,7 +65,7 @@ class Options:
     auto: bool = False
     """tune: search a ready-made space for the recipe's task, beside what `tune.space` says, and try its baseline."""
     full: bool = False
-    """lifecycle: search longer and train for more epochs."""
+    """lifecycle: without regard to time: a longer search, no frozen layers, twice the epochs."""
     since: str = ""
     """drift: from when on served rows are compared, `24h` or `7d` ago or a date. Empty: all that are kept."""
     every_s: float = 0.0

@@ -72,9 +72,11 @@ def run(job: Job) -> dict[str, Any]:
         recipe = override(
             recipe,
             {
+                "model.freeze_layers": 0,
+                "schedule.epochs": 2 * recipe.schedule.epochs,
                 "tune.num_trials": 3 * recipe.tune.num_trials,
-                "tune.limit": None,
-                "schedule.epochs": 1.5 * recipe.schedule.epochs,
+                "tune.limit": recipe.tune.limit and 4 * recipe.tune.limit,
+                "tune.validation_limit": None,
             },
         )
     if recipe.tune.space:

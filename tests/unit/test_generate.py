@@ -224,7 +224,7 @@ def test_a_request_that_is_given_up_is_forgotten_and_a_closed_engine_says_so(tok
         async with running(model, tokenizer) as engine:
             endless = Sampling(max_tokens=1500, temperature=0, ignore_end=True)
             async with aclosing(engine.generate([1, 2, 3], endless)) as stream:
-                assert len(await anext(stream)) == 1
+                assert len(await anext(stream)) > 0
             scheduler = engine._manager.batch_processor.scheduler
             for _ in range(200):
                 if not scheduler.has_pending_requests():

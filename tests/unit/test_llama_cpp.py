@@ -242,7 +242,7 @@ def test_a_request_that_is_given_up_is_forgotten_and_a_closed_engine_says_so(mod
         async with running(model, tokenizer, cache_tokens=512) as engine:
             endless = Sampling(max_tokens=500, temperature=1.0, seed=0, ignore_end=True)
             async with aclosing(engine.generate([1, 2, 3], endless)) as stream:
-                assert len(await anext(stream)) == 1
+                assert len(await anext(stream)) > 0
                 waiting = asyncio.create_task(answer(engine, [1, 2, 3], GREEDY))
                 await asyncio.sleep(0.2)
                 assert not waiting.done()
