@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import getpass
@@ -111,7 +112,7 @@ def _dump(value: dict[str, Any]) -> str:
     return json.dumps(value, default=lambda item: item.model_dump())
 
 
-def parse(words: list[str]) -> tuple[Recipe, Options]:
+def parse(words: list[str], job: str = "X") -> tuple[Recipe, Options]:
     """The recipe with the command line's overrides. Raises Refused naming field, reason and the nearest right name."""
     recipe, words = _base(words)
     options = dataclasses.fields(Options)
@@ -129,7 +130,13 @@ def parse(words: list[str]) -> tuple[Recipe, Options]:
 
     try:
         with on_parse_error(refuse):
-            parsed = tyro.cli(Arguments, args=words, default=Arguments(recipe, Options()), registry=_json_field())
+            parsed = tyro.cli(
+                Arguments,
+                args=words,
+                prog=f"python -m pipelines.{job}",
+                default=Arguments(recipe, Options()),
+                registry=_json_field(),
+            )
     except ValidationError as error:
         raise refusal(error) from error
     # tyro builds section by section; this checks the whole.
@@ -169,6 +176,15 @@ def _refusal(event: Any) -> Refused:
     return Refused(field, message.removeprefix("Value error, "), f"one of {', '.join(choices)}" if choices else "")
 
 
+def unread(name: str, words: list[str]) -> int | None:
+    """None where a job can read its words; else its exit code, once it has said what is wrong. Needs none of a job's
+    own imports."""
+    with contextlib.suppress(Exception):
+        parse(words, name)
+        return None
+    return answer(name, lambda: {"recipe": parse(words, name)})  # fails again, and is told of
+
+
 def main(name: str, body: Callable[[Job], dict[str, Any]], words: list[str] | None = None) -> int:
     """Run a job; returns its exit code: 0 done, 1 failure, 2 refused input, 130 interrupted."""
     run_dir: Path | None = None
@@ -177,7 +193,7 @@ def main(name: str, body: Callable[[Job], dict[str, Any]], words: list[str] | No
     def run() -> dict[str, Any]:
         nonlocal run_dir, record
         given = sys.argv[1:] if words is None else words
-        recipe, options = parse(given)
+        recipe, options = parse(given, name)
         run_dir = _run_dir(name, recipe, options)
         if recipe.record.max_bytes:
             if recipe.record_storage:
