@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.data.prepare import prepare
-from heliostat.evaluate import validation_rows
+from heliostat.evaluate import prepared_rows
 from heliostat.hardware import cannot_listen, this_machine
 from heliostat.launch.batch import run_on_ray
 from heliostat.launch.cluster import connect, starts_here
@@ -63,7 +63,7 @@ def look(job: Job) -> dict[str, Any]:
     recipe, settings = job.recipe, job.recipe.drift
     bundle = bundles.read(chosen_bundle(job))
     folder = folder_of(bundle, recipe.deploy)
-    validation = validation_rows(bundle, recipe.storage)
+    validation = prepared_rows(bundle, recipe.storage)
     served = read(folder, since_s(job.options.since), settings.max_rows, recipe.seed)
     drift: bool | None = None
     findings: list[Finding] = []

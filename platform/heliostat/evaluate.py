@@ -28,10 +28,10 @@ def batches(task: Task, table: pa.Table, size: int = ROWS_PER_BATCH) -> Iterator
         yield order[number * size : (number + 1) * size], task.collate(rows, train=False)
 
 
-def validation_rows(bundle: Bundle, storage: str) -> pa.Table:
-    """The rows that the bundle was chosen by: it was not trained on them, and expects such as they are. They stay where
-    they were prepared, so that no bundle carries rows of its data; where they are gone, they are prepared again, in
-    `storage`. Raises Refused where they cannot be had."""
+def prepared_rows(bundle: Bundle, storage: str, split: str = "validation") -> pa.Table:
+    """A split of what the bundle was made of: by its validation rows it was chosen, it was not trained on them, and
+    expects such as they are. They stay where they were prepared, so that no bundle carries rows of its data; where they
+    are gone, they are prepared again, in `storage`. Raises Refused where they cannot be had."""
     data = bundle.card["data"]
     if "fingerprint" not in data:
         raise Refused("bundle", f"{bundle.path} does not say on what it was validated", "name one that was trained")
@@ -41,7 +41,7 @@ def validation_rows(bundle: Bundle, storage: str) -> pa.Table:
         prepared, _ = prepare(bundle.recipe.model_copy(update={"storage": storage}))
     if prepared.fingerprint != data["fingerprint"]:
         raise Refused("bundle", f"the rows that {bundle.path} was validated on are gone", "train again")
-    return open_split(prepared.folder, "validation")
+    return open_split(prepared.folder, split)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from heliostat.evaluate import validation_rows
+from heliostat.evaluate import prepared_rows
 from heliostat.hardware import free_port
 from heliostat.models import bundle as bundles
 from heliostat.monitor.served import Sampler, folder_of
@@ -140,15 +140,15 @@ def test_another_bundle_is_what_was_served(recipe: Recipe, bundle: bundles.Bundl
 
 def test_validation_rows_are_prepared_again_or_missed(recipe: Recipe, bundle: bundles.Bundle) -> None:
     (data,) = (recipe.storage_path / "data").iterdir()
-    expected = np.array(validation_rows(bundle, recipe.storage).column("features").to_pylist())
+    expected = np.array(prepared_rows(bundle, recipe.storage).column("features").to_pylist())
     shutil.rmtree(data)
-    again = np.array(validation_rows(bundle, recipe.storage).column("features").to_pylist())
+    again = np.array(prepared_rows(bundle, recipe.storage).column("features").to_pylist())
     assert np.array_equal(again, expected, equal_nan=True)
     shutil.rmtree(data)
     table = pq.read_table(recipe.data.validation)
     pq.write_table(table.slice(1), recipe.data.validation)
     with pytest.raises(Refused, match=r"bundle: the rows that .* was validated on are gone \(train again\)"):
-        validation_rows(bundle, recipe.storage)
+        prepared_rows(bundle, recipe.storage)
 
 
 def test_a_bundle_that_was_never_validated(recipe: Recipe, tmp_path: Path) -> None:

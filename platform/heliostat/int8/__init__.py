@@ -1,6 +1,6 @@
 """A classifier of texts with its matrix products in 8-bit integers: the bundle as an ONNX file, which ONNX Runtime
-computes. Each column of a weight has a scale of its own, and so has each token's vector, as it is multiplied: no answer
-depends on the texts or the padding that share its batch.
+computes. Each column of a weight has a scale of its own. What is multiplied with it has one that was found beforehand,
+on rows of the bundle's training: no answer depends on the texts or the padding that share its batch.
 
 Shapes: B rows, T tokens, C classes.
 """
@@ -27,20 +27,20 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from heliostat.evaluate import row_sums, validation_rows
+from heliostat.evaluate import batches, prepared_rows, row_sums
+from heliostat.int8 import graph
 from heliostat.models.bundle import Bundle
 from heliostat.recipe import Deploy, Refused
 from heliostat.tasks import Task
 
-VERSION = 1
+VERSION = 2
 """Of what is written: another one where files written before are no longer right."""
 INSTEAD = "use deploy.precision=float32"
 INPUTS = ("input_ids", "attention_mask")
-LEVELS = 63
-"""Of a weight to either side: 7 bits. On processors without VNNI, ONNX Runtime adds two products in 16 bits, which 8
-would overflow."""
-DOMAIN = "com.microsoft"
-"""Of ONNX Runtime's own operators."""
+CALIBRATION_ROWS = 64
+"""Of the training's, which say how large numbers become."""
+BATCH_ROWS = 16
+"""Of these, computed at once."""
 MAX_ROWS = 1000
 """Of the validation rows: a random choice where there are more."""
 MAX_BYTES = 2**31
@@ -71,7 +71,11 @@ class Int8Model(torch.nn.Module):
         options.intra_op_num_threads, options.inter_op_num_threads = threads or 0, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # replicas share processors
         self.bundle = bundle
-        self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        # As one operator, a sum and its normalisation take five times as long as each for itself.
+        apart = ["SkipLayerNormFusion"]
+        self.session = onnxruntime.InferenceSession(
+            file, options, providers=["CPUExecutionProvider"], disabled_optimizers=apart
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
         """(B, T) each; logits: (B, C)."""
@@ -94,25 +98,37 @@ def model(bundle: Bundle, settings: Deploy) -> Int8Model:
     cannot be had or are too few, and for one that loses more of float32's answers than the settings allow."""
     file = _cache_folder() / f"{bundle.digest[:32]}-{_versions()}.onnx"
     if not file.is_file():  # it is written also where it will be refused: other settings may allow it
-        _write(file, bundle, _rows(bundle, settings.int8_loss))
+        _write(file, bundle, _rows(bundle, settings.int8_loss), _chosen(bundle, "train", CALIBRATION_ROWS))
     loaded = Int8Model(bundle, file, settings.threads_per_replica)
     check(loaded.found, settings)
     return loaded
 
 
-def _write(file: Path, bundle: Bundle, rows: pa.Table) -> None:
+def _write(file: Path, bundle: Bundle, rows: pa.Table, seen: pa.Table) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{os.getpid()}-{file.name}")
     try:
-        graph = exported(bundle)
-        quantise(graph)
-        onnx.save(graph, beside)
+        made = converted(bundle, seen)
+        onnx.save(made, beside)
         found = compare(bundle, Int8Model(bundle, beside), rows)
-        onnx.helper.set_model_props(graph, {FOUND: json.dumps(dataclasses.asdict(found))})
-        onnx.save(graph, beside)
+        onnx.helper.set_model_props(made, {FOUND: json.dumps(dataclasses.asdict(found))})
+        onnx.save(made, beside)
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def converted(bundle: Bundle, rows: pa.Table) -> onnx.ModelProto:
+    """The bundle's model in integers, with scales that fit what these prepared rows make of it. Raises Refused for one
+    that cannot be."""
+    made = exported(bundle)
+    graph.narrow(made)
+    given = [
+        {name: batch.inputs[name].numpy() for name in INPUTS} for _, batch in batches(bundle.task(), rows, BATCH_ROWS)
+    ]
+    if not graph.quantise(made, graph.ranges(made, given)):
+        raise Refused("deploy.precision", "of the model's matrix products, none could be in int8", INSTEAD)
+    return made
 
 
 def exported(bundle: Bundle) -> onnx.ModelProto:
@@ -143,66 +159,6 @@ def exported(bundle: Bundle) -> onnx.ModelProto:
         raise Refused("deploy.precision", reason, INSTEAD) from error
     assert program is not None
     return program.model_proto
-
-
-def quantise(model: onnx.ModelProto) -> None:
-    """Products with weights become integer ones, in place. What is computed once for a text (pooler and head) is no
-    `MatMul` there and stays in float32. Raises Refused for a model that has none."""
-    graph = model.graph
-    weights = {each.name: each for each in graph.initializer if len(each.dims) == 2}
-    nodes, rounded = list[onnx.NodeProto](), set[str]()
-    for node in graph.node:
-        if node.op_type != "MatMul" or node.input[1] not in weights:
-            nodes.append(node)
-            continue
-        tokens, weight = node.input
-        if tokens not in rounded:  # queries, keys and values share theirs
-            rounded.add(tokens)
-            nodes += _rounded_tokens(tokens)
-        if weight not in rounded:
-            rounded.add(weight)
-            graph.initializer.extend(_rounded_weight(weight, onnx.numpy_helper.to_array(weights[weight])))
-        product, (out,) = f"{node.output[0]}.product", node.output
-        factors = [f"{tokens}.int8", f"{weight}.int8", "int8.one", f"{weight}.scale", "int8.middle"]
-        nodes += [
-            onnx.helper.make_node("MatMulIntegerToFloat", factors, [product], domain=DOMAIN),
-            onnx.helper.make_node("Mul", [product, f"{tokens}.scale"], [out]),
-        ]
-    if not rounded:
-        raise Refused("deploy.precision", "of the model's matrix products, none could be in int8", INSTEAD)
-    constants = {"one": np.float32(1), "middle": np.uint8(128), "last": np.array([-1]), "least": np.float32(1e-30)}
-    constants["step"] = np.float32(1 / 127)
-    graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), f"int8.{k}") for k, v in constants.items())
-    used = {name for node in nodes for name in node.input}
-    kept = [each for each in graph.initializer if each.name in used]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-
-
-def _rounded_tokens(name: str) -> list[onnx.NodeProto]:
-    """Each token's vector as integers around 128, and what it is to be multiplied with again."""
-    steps = [
-        ("ReduceMax", [name, "int8.last"], "highest"),
-        ("ReduceMin", [name, "int8.last"], "lowest"),
-        ("Neg", [f"{name}.lowest"], "deepest"),
-        ("Max", [f"{name}.highest", f"{name}.deepest", "int8.least"], "farthest"),
-        ("Mul", [f"{name}.farthest", "int8.step"], "scale"),
-        ("Reciprocal", [f"{name}.scale"], "inverse"),
-        ("Mul", [name, f"{name}.inverse"], "scaled"),
-        ("QuantizeLinear", [f"{name}.scaled", "int8.one", "int8.middle"], "int8"),
-    ]
-    return [onnx.helper.make_node(kind, inputs, [f"{name}.{output}"]) for kind, inputs, output in steps]
-
-
-def _rounded_weight(name: str, weight_KN: np.ndarray) -> list[onnx.TensorProto]:
-    """With a scale for each column."""
-    scale_N = np.maximum(np.abs(weight_KN).max(0), 1e-30) / LEVELS
-    return [
-        onnx.numpy_helper.from_array(np.rint(weight_KN / scale_N).astype(np.int8), f"{name}.int8"),
-        onnx.numpy_helper.from_array(scale_N.astype(np.float32), f"{name}.scale"),
-    ]
 
 
 class _Logits(torch.nn.Module):
@@ -240,16 +196,22 @@ def check(found: Found, settings: Deploy) -> None:
 
 def _rows(bundle: Bundle, loss: float) -> pa.Table:
     """Of the bundle's validation rows, those that are compared."""
-    try:
-        rows = validation_rows(bundle, bundle.recipe.storage)
-    except Refused as error:
-        reason = f"int8 is compared with float32 on the bundle's validation rows, but {error.reason}"
-        raise Refused("deploy.precision", reason, INSTEAD) from error
+    rows = _chosen(bundle, "validation", MAX_ROWS)
     needed = math.ceil(1 / loss)
     if rows.num_rows < needed:
         reason = f"on {rows.num_rows} validation rows a loss of {loss:g} cannot be seen; {needed} are needed"
         raise Refused("deploy.precision", reason, INSTEAD)
-    chosen = np.random.default_rng(bundle.recipe.seed).permutation(rows.num_rows)[:MAX_ROWS]
+    return rows
+
+
+def _chosen(bundle: Bundle, split: str, count: int) -> pa.Table:
+    """At random, and so many at most."""
+    try:
+        rows = prepared_rows(bundle, bundle.recipe.storage, split)
+    except Refused as error:
+        reason = f"int8 is compared with float32 on the bundle's validation rows, but {error.reason}"
+        raise Refused("deploy.precision", reason, INSTEAD) from error
+    chosen = np.random.default_rng(bundle.recipe.seed).permutation(rows.num_rows)[:count]
     return rows.take(pa.array(np.sort(chosen)))
 
 
