@@ -18,13 +18,16 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve import metrics
 from ray.serve.config import BackpressureConfig
 from ray.serve.context import _get_global_client
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import heliostat
 from heliostat.hardware import cannot_listen
 from heliostat.models import bundle as bundles
+from heliostat.models.staging import staged
 from heliostat.predictor import Predictor, loading
 from heliostat.recipe import Deploy, Refused, check_precision, nearest
 from heliostat.tasks.text_embedding import TextEmbedding
@@ -169,6 +172,12 @@ def inputs_of(question: Question, settings: Deploy) -> list[Input]:
 def answering(path: Path, settings: Deploy | None = None) -> Predictor:
     """A predictor that has answered its task's example, computing as a replica does by its settings (None: as torch is
     set here). Raises Refused for a bundle that is not whole."""
+    if settings is not None and settings.stage_folder:
+        folder, here = Path(settings.stage_folder), settings.model_copy(update={"stage_folder": ""})
+        try:
+            return answering(staged(path, folder), here)
+        except Refused:  # something may have cleaned that folder
+            return answering(staged(path, folder, anew=True), here)
     bundle = bundles.read(path, verify_files=False)  # the predictor verifies them
     if settings is None:
         predictor = Predictor(bundle)
@@ -276,6 +285,21 @@ def check_gpus(settings: Deploy) -> None:
         )
 
 
+def stage(path: Path, folder: str) -> None:
+    """A bundle's copy on every node of the cluster. Raises Refused where one cannot be."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    task = ray.remote(num_cpus=0)(staged)
+    copies = [
+        # A node may leave meanwhile.
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(path, Path(folder))
+        for node in nodes
+    ]
+    try:
+        ray.get(copies)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Refused) else error) from None
+
+
 def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
     """Serve a bundle on the cluster that Ray is connected to; returns the endpoint's URL once it answers.
 
@@ -286,6 +310,8 @@ def deploy(bundle_path: Path, version: str, deploy: Deploy, name: str) -> str:
     if not deploy.keys_file and not _is_loopback(deploy.host):
         logger.warning("%s is reached from other machines, and asks for no keys: see deploy.keys_file", deploy.host)
     app = application(bundle_path, version, deploy)
+    if deploy.stage_folder:
+        stage(bundle_path.absolute(), deploy.stage_folder)
     # Serve has no public way to ask which port it has.
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:

@@ -39,8 +39,11 @@ def test_from_none_to_two_and_back(ray_cluster: None, tmp_path: Path) -> None:
     settings = Deploy(
         port=free_port(), min_replicas=0, max_replicas=2, upscale_delay_s=0, downscale_delay_s=2, cache_tokens=8192,
         target_ongoing_requests=1000, target_queued_tokens=100_000, target_first_token_s=0.5,
+        stage_folder=str(tmp_path / "node"),
     )  # fmt: skip
     url = deploy(reference.path, "1", settings, "tiny")
+    # Its storage is away from now on: replicas start from their node's copy.
+    (reference.path / "model.safetensors").unlink()
     prompt, expected = "sun salt " * 60, reference.text("sun salt " * 60, 200)
 
     async def ask(count: int) -> list[str]:

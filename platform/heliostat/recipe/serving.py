@@ -52,6 +52,9 @@ class Deploy(Section):
     """A request that is not answered by then is given up: status 504."""
     body_timeout_s: PositiveFloat = 30.0
     """So is one whose body is not here by then: status 408."""
+    stage_folder: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""
+    """A folder on each node's own disk, where bundles are copied before replicas start: for those that lie on network
+    storage. Empty: each replica reads them where they are."""
     drain_s: PositiveFloat = 60.0
     """What a replica that ends has begun may take so long; what is not done then is cut off."""
     max_batch_size: PositiveInt = 16
