@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from heliostat import evaluate, installed
 from heliostat.models.bundle import Bundle, verify
 from heliostat.recipe import Deploy, Refused, override
-from heliostat.tasks import get_task
+from heliostat.tasks import Batch, get_task
 
 CPU = torch.device("cpu")
+TOKENS = 512
+"""Of a forward pass on processors, at most, if it is not one row: more are not computed faster, and are padded more."""
 TIMED, WARM_UP = 32, 4
 """Predictions whose time is taken, and those before them whose is not."""
 
@@ -77,8 +79,7 @@ class Predictor:
         if self.threads and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # here, since the count belongs to the thread that computes
         predictions: list[dict[str, Any]] = [{}] * table.num_rows
-        for numbers, batch in evaluate.batches(self.task, table):
-            batch = batch.to(self.device)
+        for numbers, batch in self._batches(table):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 outputs = self.task.outputs(self.model, batch)
             found = self.task.predictions(outputs, batch)
@@ -90,8 +91,7 @@ class Predictor:
     def embeddings(self, table: pa.Table) -> np.ndarray | None:
         """(N, H) of prepared rows, in their order; None where the task has none."""
         found: np.ndarray | None = None
-        for numbers, batch in evaluate.batches(self.task, table):
-            batch = batch.to(self.device)
+        for numbers, batch in self._batches(table):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 embedded = self.task.embeddings(self.model, batch)
             if embedded is None:
@@ -100,6 +100,18 @@ class Predictor:
                 found = np.empty((table.num_rows, embedded.shape[1]), np.float32)
             found[numbers] = embedded.float().cpu().numpy()
         return found
+
+    def _batches(self, table: pa.Table) -> Iterator[tuple[np.ndarray, Batch]]:
+        """The rows that share a forward pass, with their numbers."""
+        lengths = table.column("length").to_numpy()
+        order, begins = np.argsort(lengths, kind="stable"), [0]
+        if self.device.type == "cpu":
+            for place, length in enumerate(lengths[order].tolist()):
+                if place > begins[-1] and (place + 1 - begins[-1]) * length > TOKENS:
+                    begins.append(place)
+        for rows in np.split(order, begins[1:]):
+            for numbers, batch in evaluate.batches(self.task, table.take(pa.array(rows))):
+                yield rows[numbers], batch.to(self.device)
 
     def latency_s(self, table: pa.Table) -> float:
         """Median seconds from one prepared row to its prediction, over the first rows of the table in turn."""
