@@ -24,6 +24,7 @@ import onnxruntime
 import pyarrow as pa
 import torch
 
+from bench.turns import ratios
 from heliostat import int8
 from heliostat.data.packaged import packaged_table
 from heliostat.models import bundle as bundles
@@ -75,11 +76,6 @@ def measure(predictors: dict[str, Predictor], batches: list[pa.Table], rounds: i
             predictor.predict_rows(rows)
             found[name].append(tokens / (time.perf_counter() - begun))
     return {name: values[WARM_UP:] for name, values in found.items()}
-
-
-def ratios(values: list[float], base: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles([a / b for a, b in zip(values, base, strict=True)], n=4)
-    return {"q1": round(low, 3), "median": round(median, 3), "q3": round(high, 3)}
 
 
 def main() -> None:

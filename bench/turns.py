@@ -65,10 +65,14 @@ class _Turns:
 def compared(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
     """Quartiles of the ratios of turns that were had side by side, and the median of what `one` takes longer for a
     step, in milliseconds."""
-    pairs = list(zip(seconds[one], seconds[other], strict=True))
-    low, median, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-    added = statistics.median(1000 * (a - b) for a, b in pairs)
-    return {"q1": round(low, 3), "median": round(median, 3), "q3": round(high, 3), "added_ms": round(added, 3)}
+    added = statistics.median(1000 * (a - b) for a, b in zip(seconds[one], seconds[other], strict=True))
+    return ratios(seconds[one], seconds[other]) | {"added_ms": round(added, 3)}
+
+
+def ratios(values: list[float], base: list[float]) -> dict[str, float]:
+    """Quartiles, of pairs."""
+    low, median, high = statistics.quantiles([a / b for a, b in zip(values, base, strict=True)], n=4)
+    return {"q1": round(low, 3), "median": round(median, 3), "q3": round(high, 3)}
 
 
 def cpu_ms(seconds: dict[str, list[float]]) -> dict[str, float]:
