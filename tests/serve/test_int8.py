@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from heliostat.hardware import free_port
+from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
 from heliostat.predictor import Predictor, loading
 from heliostat.recipe import Deploy
@@ -31,7 +32,13 @@ class Endpoint:
 def endpoint(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from ray import serve
 
-    bundle = text_bundle(tmp_path_factory.mktemp("int8"))
+    folder = tmp_path_factory.mktemp("int8")
+    taught = text_bundle(folder)
+    state, kept = taught.model().state_dict(), {name: taught.card[name] for name in ("data", "metrics", "lineage")}
+    # Away from the ends of the pooler's tanh, where answers are alike whatever rounds them.
+    state |= {name: state[name] / 20 for name in state if "pooler" in name}
+    state["classifier.weight"] *= 4
+    bundle = bundles.write(folder / "soft", taught.task(), state, taught.processor(), **kept)
     settings = Deploy(port=free_port(), max_replicas=1, precision="int8")
     yield Endpoint(deploy(bundle.path, "1", settings, "tiny-int8"), bundle, settings)
     serve.shutdown()
@@ -45,17 +52,17 @@ def test_answers_are_the_predictors_alone_and_in_a_crowd(endpoint: Endpoint) -> 
     expected = Predictor(endpoint.bundle, threads=1, load=loading(endpoint.settings)).predict(INPUTS)
     exact = Predictor(endpoint.bundle, threads=1).predict(INPUTS)
 
-    def ask(place: int) -> None:
+    def ask(place: int) -> float:
+        """How far an answer is from float32's."""
         answer = httpx.post(f"{endpoint.url}/predict", json={"inputs": INPUTS[place]}, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["bundle"] == endpoint.bundle.digest[:12]
         (found,) = answer.json()["predictions"]
         assert found["label"] == expected[place]["label"]
         assert found["scores"] == pytest.approx(expected[place]["scores"], abs=1e-5)
-        assert found["scores"] != pytest.approx(exact[place]["scores"], abs=1e-7)  # not float32's
+        return abs(found["score"] - exact[place]["score"])
 
-    for place in range(len(INPUTS)):
-        ask(place)
+    assert max(ask(place) for place in range(len(INPUTS))) > 2e-5  # so they cannot be both
     with ThreadPoolExecutor(16) as crowd:
         for each in [crowd.submit(ask, place % len(INPUTS)) for place in range(64)]:
             each.result()
