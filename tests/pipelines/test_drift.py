@@ -171,8 +171,9 @@ def test_what_cannot_be_is_refused(words: list[str], reason: str, recipe: Recipe
         drift.run(job(recipe, *words))
 
 
-def test_a_port_that_a_new_model_could_not_have_is_refused(recipe: Recipe) -> None:
+def test_a_port_that_a_new_model_could_not_have_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """The endpoint's own, where this job would start a cluster for itself."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # though a test before may have connected this process
     words = ["--on-drift", "retrain", "--deploy.sample-share", "0.5"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
