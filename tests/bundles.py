@@ -54,6 +54,12 @@ def image_bundle(folder: Path) -> Path:
     return write(folder / "images", recipe, None, facts)
 
 
+def reweighted(bundle: bundles.Bundle, path: Path, state: dict[str, torch.Tensor]) -> bundles.Bundle:
+    """The same bundle with other weights."""
+    kept = {name: bundle.card[name] for name in ("data", "metrics", "lineage")}
+    return bundles.write(path, bundle.task(), state, bundle.processor(), **kept)
+
+
 def tabular_bundle(folder: Path) -> Path:
     """A classifier of rows of numbers that was never trained."""
     recipe = build(

@@ -19,13 +19,20 @@ from heliostat.tasks import Batch, Task
 ROWS_PER_BATCH = 64
 
 
-def batches(task: Task, table: pa.Table, size: int = ROWS_PER_BATCH) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The table's rows once, in batches of like length, with their row numbers."""
-    order = np.argsort(table.column("length").to_numpy(), kind="stable")
-    loader = Loader(table.take(pa.array(order)), seed=0, global_batch_size=size, shuffle=False)
-    for number in range(loader.batches_per_epoch):
-        rows = loader.read(Cursor(0, number), Coordinate(), size)[0]
-        yield order[number * size : (number + 1) * size], task.collate(rows, train=False)
+def batches(
+    task: Task, table: pa.Table, size: int = ROWS_PER_BATCH, tokens: int | None = None
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """The table's rows once, in batches of like length, with their row numbers. `size`: rows of a batch, at most;
+    `tokens`: padding among them, if it is not one row."""
+    lengths = table.column("length").to_numpy()
+    order, begins = np.argsort(lengths, kind="stable"), [0]
+    for place, length in enumerate(lengths[order].tolist()):
+        count = place - begins[-1]
+        if count == size or (tokens is not None and count and (count + 1) * length > tokens):
+            begins.append(place)
+    for numbers in np.split(order, begins[1:]) if len(order) else []:
+        loader = Loader(table.take(pa.array(numbers)), seed=0, global_batch_size=len(numbers), shuffle=False)
+        yield numbers, task.collate(loader.read(Cursor(), Coordinate(), len(numbers))[0], train=False)
 
 
 def prepared_rows(bundle: Bundle, storage: str, split: str = "validation") -> pa.Table:

@@ -103,15 +103,9 @@ class Predictor:
 
     def _batches(self, table: pa.Table) -> Iterator[tuple[np.ndarray, Batch]]:
         """The rows that share a forward pass, with their numbers."""
-        lengths = table.column("length").to_numpy()
-        order, begins = np.argsort(lengths, kind="stable"), [0]
-        if self.device.type == "cpu":
-            for place, length in enumerate(lengths[order].tolist()):
-                if place > begins[-1] and (place + 1 - begins[-1]) * length > TOKENS:
-                    begins.append(place)
-        for rows in np.split(order, begins[1:]):
-            for numbers, batch in evaluate.batches(self.task, table.take(pa.array(rows))):
-                yield rows[numbers], batch.to(self.device)
+        tokens = TOKENS if self.device.type == "cpu" else None
+        for numbers, batch in evaluate.batches(self.task, table, tokens=tokens):
+            yield numbers, batch.to(self.device)
 
     def latency_s(self, table: pa.Table) -> float:
         """Median seconds from one prepared row to its prediction, over the first rows of the table in turn."""

@@ -10,12 +10,11 @@ import httpx
 import pytest
 
 from heliostat.hardware import free_port
-from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
 from heliostat.predictor import Predictor, loading
 from heliostat.recipe import Deploy
 from serve.application import deploy
-from tests.bundles import text_bundle
+from tests.bundles import reweighted, text_bundle
 
 TEXTS = ["sun salt mirror", "cloud", "noon shade steam cloud storage " * 7, "heat field ray", "Ünïcödé"]
 INPUTS = [{"text": text} for text in TEXTS]
@@ -34,11 +33,11 @@ def endpoint(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     folder = tmp_path_factory.mktemp("int8")
     taught = text_bundle(folder)
-    state, kept = taught.model().state_dict(), {name: taught.card[name] for name in ("data", "metrics", "lineage")}
+    state = taught.model().state_dict()
     # Away from the ends of the pooler's tanh, where answers are alike whatever rounds them.
     state |= {name: state[name] / 20 for name in state if "pooler" in name}
     state["classifier.weight"] *= 4
-    bundle = bundles.write(folder / "soft", taught.task(), state, taught.processor(), **kept)
+    bundle = reweighted(taught, folder / "soft", state)
     settings = Deploy(port=free_port(), max_replicas=1, precision="int8")
     yield Endpoint(deploy(bundle.path, "1", settings, "tiny-int8"), bundle, settings)
     serve.shutdown()

@@ -16,11 +16,10 @@ import torch
 
 from heliostat import installed, int8
 from heliostat.data.loader import open_split
-from heliostat.models import bundle as bundles
 from heliostat.models.bundle import Bundle
 from heliostat.predictor import Predictor, loading
 from heliostat.recipe import Deploy, Refused, override
-from tests.bundles import TEXT_ROWS, image_bundle, text_bundle
+from tests.bundles import TEXT_ROWS, image_bundle, reweighted, text_bundle
 from tests.recipes import tiny_bert, tiny_llama
 
 INT8 = Deploy(precision="int8")
@@ -124,8 +123,7 @@ def broken(bundle: Bundle, path: Path) -> Bundle:
         state[name] = state[name] * (scale_H[:, None] if state[name].ndim == 2 else scale_H)
     for name in [each for each in state if each.endswith(".attention.output.dense.weight")]:
         state[name] = state[name] / scale_H
-    kept = {name: bundle.card[name] for name in ("data", "metrics", "lineage")}
-    return bundles.write(path, bundle.task(), state, bundle.processor(), **kept)
+    return reweighted(bundle, path, state)
 
 
 def test_a_model_that_int8_breaks_is_refused_with_both_numbers(

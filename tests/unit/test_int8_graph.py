@@ -35,10 +35,15 @@ def model_of(nodes: list[onnx.NodeProto], outputs: list[str], **weights: np.ndar
 
 
 def run(model: onnx.ModelProto, x_BTK: np.ndarray, *names: str) -> list[np.ndarray]:
+    return compute(model, {"x": x_BTK, "attention_mask": MASK_BT}, *names)
+
+
+def compute(model: onnx.ModelProto, given: dict[str, np.ndarray], *names: str) -> list[np.ndarray]:
+    """What a model answers, and behind it the tensors of these names."""
     watched = onnx.ModelProto.FromString(model.SerializeToString())
     watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x_BTK, "attention_mask": MASK_BT})
+    return session.run(None, given)
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -63,17 +68,13 @@ def test_a_block_whose_first_token_is_read_computes_that_one(tmp_path_factory: p
     mask_BT[1, 7:] = mask_BT[3, 2:] = 0
     for each in (whole, narrowed):
         names = [gathered, *(node.output[0] for node in each.graph.node if node.op_type in ("Softmax", "Gelu"))]
-        watched = onnx.ModelProto.FromString(each.SerializeToString())
-        watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-        session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-        logits_BC, *found = session.run(None, {"input_ids": ids_BT, "attention_mask": mask_BT})
+        logits_BC, *found = compute(each, {"input_ids": ids_BT, "attention_mask": mask_BT}, *names)
         answers.append(logits_BC)
         lengths.append([value.shape[-2] for value in found])
     np.testing.assert_allclose(answers[1], answers[0], atol=1e-5)
     assert lengths[0] == [12] * (1 + 2 * blocks)
-    assert sorted(lengths[1]) == [1] * 3 + [12] * (
-        2 * blocks - 2
-    )  # the last block's attention, its product, and the end
+    # The end, and of the last block what attends and what follows.
+    assert sorted(lengths[1]) == [1] * 3 + [12] * (2 * blocks - 2)
 
 
 def test_what_others_read_stays_whole() -> None:

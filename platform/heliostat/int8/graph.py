@@ -80,15 +80,13 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, Shape]:
 def _needs(node: onnx.NodeProto, axis: int, shapes: Mapping[str, Shape]) -> list[tuple[int, int]] | None:
     """Of which of its inputs, along which axis, an operator needs the first place only, where that is so along `axis`
     of its output. None: it needs more, or is not known well enough."""
-    (out, *more), inputs = node.output, [shapes.get(name) for name in node.input]
-    shape = shapes.get(out)
-    if more or shape is None or None in inputs:
+    if len(node.output) > 1 or not {*node.input, *node.output} <= shapes.keys():
         return None
+    shape, inputs = shapes[node.output[0]], [shapes[name] for name in node.input]
     rank, first = len(shape), inputs[0]
-    assert first is not None
     if node.op_type in BY_PLACE:
-        axes = [(place, axis - rank + len(each)) for place, each in enumerate(inputs) if each is not None]
-        return [(place, each) for place, each in axes if each >= 0 and inputs[place][each] != 1]  # type: ignore[index]
+        axes = [(place, axis - rank + len(each)) for place, each in enumerate(inputs)]
+        return [(place, each) for place, each in axes if each >= 0 and inputs[place][each] != 1]
     if node.op_type in ("LayerNormalization", "Softmax"):
         return [(0, axis)] if _attribute(node, "axis", -1) in (-1, rank - 1) and axis < rank - 1 else None
     if node.op_type == "MatMul":
@@ -162,10 +160,11 @@ def quantise(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> int:
     for tokens, weight in found.values():
         sharing[tokens].append(weight)
     added = _added(graph, found)
+    sums = {add.output[0] for add in added.values()}
     nodes, made = list[onnx.NodeProto](), dict[str, Any]()
     rounded = set[str]()
     for node in graph.node:
-        if any(node is add for add in added.values()):
+        if node.output[0] in sums:
             continue  # its product adds it
         if node.output[0] not in found:
             nodes.append(node)
