@@ -9,9 +9,9 @@ once, in float32 for the embedded engine and vLLM, and as `--gguf-dtype` says fo
     batch          `generate` on all prompts at once, padded to one length: no request joins or leaves
     generate       `generate`, one request after the other (at one request only)
 
-in interleaved rounds (A B C … A B C …), each side with both processors and alone with them while it is measured. Every
-request draws greedily as many tokens as the others: the model has no end. Prints medians, and ratios to the peer
-paired by round.
+in interleaved rounds (A B C … A B C …), each side with both processors and alone with them while it is measured, and
+with prompts that no side has seen: servers remember them. Every request draws greedily as many tokens as the others:
+the model has no end. Prints medians, and ratios to the peer paired by round.
 
     python -m bench.serve_llm [--engine llama_cpp|vllm] [--rounds 3] [--requests 1 4 16]
 """
@@ -90,8 +90,8 @@ def model_bundle(folder: Path) -> Path:
     return bundles.write(folder / "bundle", task, state, tokenizer, data={}, metrics={}, lineage={}).path
 
 
-def prompts(count: int) -> list[str]:
-    random_ = random.Random(0)
+def prompts(count: int, seed: int = 0) -> list[str]:
+    random_ = random.Random(seed)
     words = ["the", "mirrors", "of", "field", "follow", "sun", "and", "send", "its", "heat", "to", "tower"]
     return [" ".join(random_.choices(words, k=random_.randint(PROMPT_WORDS // 2, PROMPT_WORDS))) for _ in range(count)]
 
@@ -131,9 +131,10 @@ def engine_asker(engine: Engine, temperature: float = 0) -> Ask:
     return ask
 
 
-async def load(ask: Ask, at_once: int, each: int) -> dict[str, float]:
-    """`at_once` clients, each asking `each` prompts one after the other."""
-    asked = prompts(at_once * each)
+async def load(ask: Ask, at_once: int, each: int, seed: int = 0) -> dict[str, float]:
+    """`at_once` clients, each asking `each` prompts one after the other. Of another `seed` they are others: servers
+    remember those they have read."""
+    asked = prompts(at_once * each, seed)
     started = time.perf_counter()
 
     async def client(number: int) -> list[Answer]:
@@ -242,9 +243,10 @@ async def measure(
             for at_once in requests:
                 found: dict[str, list[dict[str, float]]] = {}
                 for round_ in range(rounds + 1):
-                    measured = {name: await load(ask, at_once, each) for name, ask in asks.items()}
+                    seed = 1000 * at_once + round_
+                    measured = {name: await load(ask, at_once, each, seed) for name, ask in asks.items()}
                     one = "batch" if at_once > 1 else "generate"
-                    measured[one] = await asyncio.to_thread(generated, plain, tokenizer, prompts(at_once))
+                    measured[one] = await asyncio.to_thread(generated, plain, tokenizer, prompts(at_once, seed))
                     if round_:  # the first warms up
                         for name, figures in measured.items():
                             found.setdefault(name, []).append(figures)
@@ -274,6 +276,7 @@ async def print_all(arguments: argparse.Namespace, folder: Path) -> None:
     settings = Deploy(
         port=PORTS["heliostat"],
         max_replicas=1,
+        cpus_per_replica=THREADS,
         threads_per_replica=THREADS,
         engine=arguments.engine,
         gguf_dtype=arguments.gguf_dtype,

@@ -39,6 +39,10 @@ logger = logging.getLogger("heliostat")
 Input = dict[str, Any]
 LATENCIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 """Upper bounds of what a histogram counts."""
+SPINNING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
+"""The environment of replicas whose threads have processors of their own: they wait for each other as OpenMP's threads
+do by default, for some milliseconds. Elsewhere (`launch.cluster.THREADS`) they sleep at once, which suits threads that
+share processors, and costs those of llama.cpp, which meet a hundred times for a token, half of their speed."""
 RETRY_AFTER_S = 1.0
 """What who finds all queues full is told."""
 PAGE = Path(__file__).with_name("page.html")
@@ -213,6 +217,7 @@ def scaled(
     requests are not all. `config`: what `reconfigure` is told beside the bundle and its version, of which no change
     restarts a replica. Raises Refused for keys that cannot be read."""
     keys.check(settings.keys_file)
+    spins = 1 < settings.threads_per_replica <= settings.cpus_per_replica
     code = f"{heliostat.__version__} {settings.model_dump_json()}"
     deployment = serve.deployment(name=name)(kind).options(
         # Serve takes any two calls for different code, and restarts the replicas; where the version is the
@@ -234,7 +239,11 @@ def scaled(
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=settings.drain_s,
         max_surge_percent=100,  # other settings do restart replicas: the new ones first
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
+            "runtime_env": {"env_vars": SPINNING if spins else {}},
+        },
         user_config={"bundle": str(bundle_path.absolute()), "version": version, **config},
     ).bind()
 

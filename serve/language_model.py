@@ -71,8 +71,13 @@ class Loaded:
 
     def __init__(self, name: str, config: dict[str, Any], settings: Deploy) -> None:
         """`config`: as Serve gives it to `reconfigure`. `name`: what clients call the model."""
-        alone = {"gpus_per_replica": 0.0} if settings.engine == "vllm" else {}  # on its GPU: `/predict` does without
-        self.predictor = answering(Path(config["bundle"]), settings.model_copy(update=alone))
+        alone: dict[str, dict[str, float]] = {
+            "vllm": {"gpus_per_replica": 0.0},  # on its GPU: `/predict` does without
+            # OpenMP's threads hardly wait for each other where a process has more of them than there are processors,
+            # and those of torch count even while they rest.
+            "llama_cpp": {"threads_per_replica": 1},
+        }
+        self.predictor = answering(Path(config["bundle"]), settings.model_copy(update=alone.get(settings.engine)))
         self.version, self.ongoing, self.retired = config["version"], 0, False
         found = {each: bundles.read(Path(path)) for each, (path, _) in config["adapters"].items()}
         adapters = {each: read_adapter(bundle.path, f"deploy.adapters.{each}") for each, bundle in found.items()}
@@ -259,7 +264,7 @@ def _language_model(settings: Deploy, name: str) -> type:
 
         async def _events(self, busy: contextlib.ExitStack, answer: Answer) -> AsyncIterator[str]:
             with busy:
-                async with contextlib.aclosing(answer.events()) as events:
+                async with contextlib.aclosing(answer.events(settings.stream_interval_s)) as events:
                     async for event in events:
                         yield event
 

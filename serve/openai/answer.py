@@ -1,4 +1,4 @@
-"""What chats and completions share: choices drawn side by side, put together as they come or when all is there."""
+"""What chats and completions share: choices drawn side by side, told of as they come or when all is there."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from heliostat.generate import Engine, Sampling, Token
 from heliostat.generate.text import TextStream
 from serve.openai.protocol import MAX_CHOICES, Generation, Problem, as_problem
+
+TOLD = ("text", "delta", "logprobs", "finish_reason")
+"""A streamed part in which all of these are empty is not sent."""
 
 
 @dataclass
@@ -26,6 +31,12 @@ class Piece:
     """Tokens drawn, the one that ended the answer among them."""
     finish: str | None = None
 
+    def add(self, later: Piece) -> None:
+        self.text += later.text
+        self.tokens += later.tokens
+        self.drawn += later.drawn
+        self.finish = later.finish
+
 
 @dataclass(frozen=True)
 class Question:
@@ -36,12 +47,14 @@ class Question:
     stop: list[str] = field(default_factory=list)
 
 
-async def pieces(engine: Engine, question: Question) -> AsyncGenerator[Piece, None]:
-    """An answer as it comes; the last piece has `finish`. Closing the iterator gives the answer up."""
-    text = TextStream(engine.tokenizer, question.prompt, question.stop)
-    drawn = 0
-    stream = engine.generate(question.prompt, question.sampling)
-    try:
+Take = Callable[[int, Piece], None]
+"""Is told of a choice, by its number, what came of it."""
+
+
+async def draw(engine: Engine, question: Question, take: Callable[[Piece], None]) -> None:
+    """Draw a choice to its end: the last piece has `finish`."""
+    text, drawn = TextStream(engine.tokenizer, question.prompt, question.stop), 0
+    async with aclosing(engine.generate(question.prompt, question.sampling)) as stream:
         async for tokens in stream:
             piece = Piece()
             for token in tokens:
@@ -59,40 +72,9 @@ async def pieces(engine: Engine, question: Question) -> AsyncGenerator[Piece, No
                 piece.finish = "length"
             if piece.finish is not None:
                 piece.text += text.rest()
-            yield piece
+            take(piece)
             if piece.finish is not None:
                 return
-    finally:
-        await stream.aclose()  # type: ignore[attr-defined]
-
-
-async def merged(engine: Engine, questions: list[Question]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """(choice, piece) of all questions as they come. A failure of one is raised, and ends all."""
-    queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-
-    async def one(index: int, question: Question) -> None:
-        stream = pieces(engine, question)
-        try:
-            async for piece in stream:
-                queue.put_nowait((index, piece))
-        except Exception as error:  # noqa: BLE001 - raised again by who reads the queue
-            queue.put_nowait((index, error))
-        finally:
-            await stream.aclose()
-
-    tasks = [asyncio.create_task(one(index, question)) for index, question in enumerate(questions)]
-    left = len(tasks)
-    try:
-        while left:
-            index, piece = await queue.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece.finish is not None
-            yield index, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Answer:
@@ -140,49 +122,47 @@ class Answer:
         """A piece in the form of a streamed choice."""
         raise NotImplementedError
 
-    def join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """A choice's parts in the form of a whole one."""
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece that is all of an answer, in the form of a whole choice."""
         raise NotImplementedError
 
     # -- what both do
 
-    async def parts(self) -> AsyncGenerator[dict[str, Any], None]:
-        stream = self.pieces()
-        try:
-            async for index, piece in stream:
-                self.drawn += piece.drawn
-                if self.drawn and self.first_token_s is None:
-                    self.first_token_s = time.perf_counter() - self.begun
-                yield self.part(index, piece)
-        finally:
-            await stream.aclose()
+    async def draw(self, take: Take) -> None:
+        """All choices, side by side, to their ends. The failure of one is raised, and ends all."""
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        stream = merged(self.engine, self.questions)
+        def counted(index: int, piece: Piece) -> None:
+            self.drawn += piece.drawn
+            if self.drawn and self.first_token_s is None:
+                self.first_token_s = time.perf_counter() - self.begun
+            take(index, piece)
+
+        drawing = [draw(self.engine, each, partial(counted, i)) for i, each in enumerate(self.questions)]
+        tasks = [asyncio.create_task(each) for each in drawing]
         try:
-            async for found in stream:
-                yield found
+            await asyncio.gather(*tasks)
         finally:
-            await stream.aclose()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(prompt) for prompt in self.prompts)
         return {"prompt_tokens": prompt, "completion_tokens": self.drawn, "total_tokens": prompt + self.drawn}
 
     async def whole(self) -> dict[str, Any]:
-        parts: list[list[dict[str, Any]]] = [[] for _ in self.questions]
-        async for part in self.parts():
-            parts[part["index"]].append(part)
-        choices = [self.join(of_one) for of_one in parts]
+        pieces = [Piece() for _ in self.questions]
+        await self.draw(lambda index, piece: pieces[index].add(piece))
+        choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
         return {**self.head, "object": self.object, "choices": choices, "usage": self.usage()}
 
-    async def events(self) -> AsyncGenerator[str, None]:
-        """Server-sent events, `[DONE]` at the end. A failure on the way is an event too: the status has been sent."""
+    async def events(self, every_s: float = 0.0) -> AsyncGenerator[str, None]:
+        """Server-sent events, `[DONE]` at the end: the first as soon as there is something, more no sooner than
+        `every_s` later with all that has come meanwhile. A failure on the way is an event too: the status has been
+        sent."""
         options = self.request.stream_options
-        last, each = (
-            options is not None and options.include_usage,
-            options is not None and options.continuous_usage_stats,
-        )
+        last = options is not None and options.include_usage
+        each = options is not None and options.continuous_usage_stats
 
         def event(choices: list[dict[str, Any]], usage: bool) -> str:
             data = {**self.head, "object": self.chunk, "choices": choices}
@@ -190,19 +170,37 @@ class Answer:
                 data["usage"] = self.usage() if usage else None
             return _event(data)
 
-        stream = self.parts()
+        waiting: dict[int, Piece] = {}
+        some = asyncio.Event()
+
+        def take(index: int, piece: Piece) -> None:
+            waiting.setdefault(index, Piece()).add(piece)
+            some.set()
+
+        # What is drawn does not wait for its reader: it would keep its place in the engine's cache.
+        drawing = asyncio.create_task(self.draw(take))
+        drawing.add_done_callback(lambda _: some.set())
         try:
-            for part in self.opening():
-                yield event([part], each)
-            async for part in stream:
-                if any(part.get(name) for name in ("text", "delta", "logprobs", "finish_reason")):
-                    yield event([part], each)
+            if opening := "".join(event([part], each) for part in self.opening()):
+                yield opening
+            while waiting or not drawing.done():
+                await some.wait()
+                some.clear()
+                parts = [self.part(index, piece) for index, piece in waiting.items()]
+                waiting.clear()
+                told = [part for part in parts if any(part.get(name) for name in TOLD)]
+                if told:
+                    yield "".join(event([part], each) for part in told)
+                    if every_s:
+                        await asyncio.wait([drawing], timeout=every_s)
+            await drawing  # which raises what went wrong
             if last:
                 yield event([], True)
         except Exception as error:  # noqa: BLE001 - what the client must hear of
             yield _event(as_problem(error).body())
         finally:
-            await stream.aclose()
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
         yield "data: [DONE]\n\n"
 
     # -- for the kinds

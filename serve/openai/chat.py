@@ -110,19 +110,16 @@ class ChatAnswer(Answer):
         spelled = list(self.engine.token_bytes(token))
         return {"token": self.token_text(token), "logprob": logprob, "bytes": spelled}
 
-    def join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        content = "".join(part["delta"].get("content", "") for part in parts)
-        calls = [call for part in parts for call in part["delta"].get("tool_calls", [])]
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            message["content"] = content or None
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        part = self.part(index, piece)
+        delta, content = part.pop("delta"), part["logprobs"]
+        message: dict[str, Any] = {"role": "assistant", "content": delta.get("content", ""), "refusal": None}
+        if calls := delta.get("tool_calls"):
+            message["content"] = message["content"] or None
             message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
-        logprobs = None
-        if self.request.logprobs:
-            entries = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
-            logprobs = {"content": entries, "refusal": None}
-        index, finish = parts[-1]["index"], parts[-1]["finish_reason"]
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+        if self.request.logprobs and content is None:
+            part["logprobs"] = {"content": [], "refusal": None}
+        return {**part, "message": message}
 
 
 def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from heliostat.generate import Sampling, Token
-from serve.openai.answer import Answer, Piece
+from serve.openai.answer import Answer, Piece, Take
 from serve.openai.protocol import CompletionRequest, Problem
 from serve.openai.tokens import as_tokens
 
@@ -47,20 +46,15 @@ class CompletionAnswer(Answer):
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [one or [begin] for one in prompts]
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def draw(self, take: Take) -> None:
         if self.request.echo:
             for index, question in enumerate(self.questions):
-                yield index, await self._echo(question.prompt)
-        if self.questions[0].sampling.max_tokens == 0:
-            for index in range(len(self.questions)):
-                yield index, Piece(finish="length")
+                take(index, await self._echo(question.prompt))
+        if self.questions[0].sampling.max_tokens:
+            await super().draw(take)
             return
-        stream = super().pieces()
-        try:
-            async for found in stream:
-                yield found
-        finally:
-            await stream.aclose()
+        for index in range(len(self.questions)):
+            take(index, Piece(finish="length"))
 
     async def _echo(self, prompt: list[int]) -> Piece:
         if self.request.logprobs is None:
@@ -88,12 +82,8 @@ class CompletionAnswer(Answer):
             }
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        whole = {**parts[-1], "text": "".join(part["text"] for part in parts)}
-        if self.request.logprobs is not None:
-            names = parts[0]["logprobs"]
-            whole["logprobs"] = {name: [x for part in parts for x in part["logprobs"][name]] for name in names}
-        return whole
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self.part(index, piece)
 
 
 def fill_in_the_middle(tokenizer: Any, prefix: str, suffix: str) -> list[int]:

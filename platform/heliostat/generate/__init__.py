@@ -5,7 +5,7 @@ Shapes: R requests of a step that get a token, T tokens of a text, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
     end_ids: frozenset[int]
     """Tokens that end an answer; the last of an answer that ended by itself is one of them."""
 
-    def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
+    def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[Token], None]:
         """Tokens as they come. Closing the iterator gives the request up. Raises EngineFailed."""
 
     async def score(self, ids: list[int], top: int) -> list[Token]:

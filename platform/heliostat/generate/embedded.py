@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class EmbeddedEngine:
         found._adapter = self._adapters[name]
         return found
 
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[Token], None]:
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
         draw = Draw(sampling, matcher, self._adapter)
         name, outputs, sent = uuid.uuid4().hex, asyncio.Queue[Any](), 0

@@ -62,7 +62,7 @@ class LlamaCppEngine:
         except RuntimeError as error:
             raise EngineFailed(f"llama.cpp does not start with {file}") from error
 
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[Token], None]:
         self.check()
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
         # What cannot go on from its tokens alone keeps its place to the end.

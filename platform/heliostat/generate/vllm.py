@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +104,7 @@ class VllmEngine:
                 pass
             await asyncio.sleep(POLL_S)
 
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[list[Token]]:
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[Token], None]:
         wanted = _wanted(sampling, self.end_ids)
         ended, rest = False, b""
         async with self._asked({"token_ids": prompt, "sampling_params": wanted, "stream": True}) as response:

@@ -74,6 +74,8 @@ class Deploy(Section):
     """So are the oldest where the folder holds more."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.1
     threads_per_replica: PositiveInt = 1
+    """More than one are fastest where `cpus_per_replica` reserves a processor for each: then they wait for each other
+    without going to sleep."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """0: a replica computes on processors. 0.5: two share a GPU."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -92,6 +94,9 @@ class Deploy(Section):
     """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
     cache_tokens: Annotated[int, Field(ge=128)] = 16384
     """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
+    stream_interval_s: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Language models: a streamed answer's tokens that come sooner than this after those before are sent with the next
+    ones, since what it costs to send them is taken from the processors that draw. 0: each as soon as it is there."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], str] = {}
     """Language models: bundles that were trained by `model.lora` on the one that is deployed, served beside it from its
     weights. By name: clients ask for NAME:ADAPTER. JSON."""
