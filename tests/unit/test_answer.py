@@ -1,0 +1,127 @@
+"""How answers are told of as they come, drawn by the embedded engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from heliostat.generate.embedded import EmbeddedEngine
+from serve.openai.chat import ChatAnswer
+from serve.openai.completion import CompletionAnswer
+from serve.openai.protocol import ChatRequest, CompletionRequest
+from tests.generation import model_of, tiny_tokenizer
+
+EVERY_S = 0.2
+REQUEST = {
+    "model": "tiny",
+    "prompt": ["the mirrors", "of the sun"],
+    "n": 2,
+    "max_tokens": 200,
+    "seed": 1,
+    "logprobs": 1,
+    "ignore_eos": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[EmbeddedEngine]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    engine = EmbeddedEngine(model_of("llama", tokenizer), tokenizer, cache_tokens=8192, threads=1)
+    try:
+        yield engine
+    finally:
+        await asyncio.to_thread(engine.close)
+
+
+def data(event: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in event.split("\n\n") if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def joined(events: list[str]) -> list[dict[str, Any]]:
+    """The choices of a stream, put together as a client does."""
+    choices: dict[int, dict[str, Any]] = {}
+    for each in events:
+        for chunk in data(each):
+            for part in chunk["choices"]:
+                whole = choices.setdefault(part["index"], {**part, "text": "", "logprobs": {}})
+                whole["text"] += part["text"]
+                whole["finish_reason"] = part["finish_reason"]
+                for name, values in part["logprobs"].items():
+                    whole["logprobs"].setdefault(name, []).extend(values)
+    return [choices[index] for index in sorted(choices)]
+
+
+@pytest.mark.parametrize("every_s", [0.0, EVERY_S])
+def test_a_stream_tells_what_a_whole_answer_does(every_s: float) -> None:
+    async def ask() -> tuple[dict[str, Any], list[str], list[float]]:
+        async with running() as engine:
+            request = CompletionRequest.model_validate(REQUEST)
+            whole = await CompletionAnswer(engine, request, "").whole()
+            events, times = [], []
+            async for event in CompletionAnswer(engine, request, "").events(every_s):
+                events.append(event)
+                times.append(time.perf_counter())
+            return whole, events, times
+
+    whole, events, times = asyncio.run(ask())
+    assert joined(events) == whole["choices"]
+    assert data(events[-2])[-1]["usage"] == whole["usage"]
+    assert whole["usage"]["completion_tokens"] == 4 * 200
+    assert events[-1] == "data: [DONE]\n\n"
+    if every_s:  # but what comes last, and the usage and the end behind it
+        gaps = [later - earlier for earlier, later in pairwise(times)][:-3]
+        assert gaps
+        assert min(gaps) > 0.99 * every_s  # a timer may be early by its clock's resolution
+
+
+def test_each_token_is_told_alone_where_nothing_holds_it() -> None:
+    async def ask() -> list[str]:
+        async with running() as engine:
+            request = CompletionRequest.model_validate({**REQUEST, "prompt": "the mirrors", "n": 1, "max_tokens": 30})
+            return [event async for event in CompletionAnswer(engine, request, "").events()]
+
+    told = [
+        len(part["logprobs"]["tokens"]) for event in asyncio.run(ask()) for c in data(event) for part in c["choices"]
+    ]
+    assert sum(told) == 30
+    assert len(told) > 3  # held back as above, they would be two
+
+
+def test_a_reader_who_leaves_ends_the_drawing() -> None:
+    async def ask() -> tuple[int, int]:
+        async with running() as engine:
+            request = CompletionRequest.model_validate({**REQUEST, "max_tokens": 1000})
+            answer = CompletionAnswer(engine, request, "")
+            async with aclosing(answer.events(EVERY_S)) as events:
+                await anext(events)
+            drawn = answer.drawn
+            await asyncio.sleep(EVERY_S)
+            return drawn, answer.drawn
+
+    left, later = asyncio.run(ask())
+    assert 0 < left == later < 4000
+
+
+def test_a_chat_begins_with_its_role_at_once() -> None:
+    async def ask() -> list[str]:
+        async with running() as engine:
+            messages = [{"role": "user", "content": "the mirrors"}]
+            request = ChatRequest.model_validate({"model": "tiny", "messages": messages, "max_tokens": 20, "seed": 1})
+            return [event async for event in ChatAnswer(engine, request, "").events(EVERY_S)]
+
+    first, *rest = asyncio.run(ask())
+    assert [part["delta"] for chunk in data(first) for part in chunk["choices"]] == [
+        {"role": "assistant", "content": ""}
+    ]
+    last = [part for event in rest for chunk in data(event) for part in chunk["choices"]][-1]
+    assert last["finish_reason"] in ("stop", "length")
