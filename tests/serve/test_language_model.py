@@ -124,7 +124,7 @@ def test_a_stream_comes_as_it_is_drawn(client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=NAME, prompt="sun", max_tokens=300, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
-    assert sum(1 for _ in stream) > 10  # an engine that is faster than its reader gives several tokens at once
+    assert sum(1 for _ in stream) > 2  # what is drawn within `deploy.stream_interval_s` comes at once
 
 
 def test_many_at_once_async_and_streamed(url: str, reference: Reference) -> None:
