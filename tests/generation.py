@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 import transformers
 
 from heliostat.generate import Engine, Sampling, Token
+from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models.load import train_tokenizer
 from tests.recipes import WORDS
 
@@ -87,3 +91,12 @@ def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
     return whole[0, len(prompt) :].tolist()
+
+
+@asynccontextmanager
+async def running(model: Any, tokenizer: Any, cache_tokens: int = 8192) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(model, tokenizer, cache_tokens=cache_tokens, threads=1)
+    try:
+        yield engine
+    finally:
+        await asyncio.to_thread(engine.close)

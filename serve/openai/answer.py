@@ -124,7 +124,7 @@ class Answer:
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """A piece that is all of an answer, in the form of a whole choice."""
-        raise NotImplementedError
+        return self.part(index, piece)
 
     # -- what both do
 
@@ -137,8 +137,8 @@ class Answer:
                 self.first_token_s = time.perf_counter() - self.begun
             take(index, piece)
 
-        drawing = [draw(self.engine, each, partial(counted, i)) for i, each in enumerate(self.questions)]
-        tasks = [asyncio.create_task(each) for each in drawing]
+        choices = enumerate(self.questions)
+        tasks = [asyncio.create_task(draw(self.engine, each, partial(counted, index))) for index, each in choices]
         try:
             await asyncio.gather(*tasks)
         finally:

@@ -82,9 +82,6 @@ class CompletionAnswer(Answer):
             }
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        return self.part(index, piece)
-
 
 def fill_in_the_middle(tokenizer: Any, prefix: str, suffix: str) -> list[int]:
     """Raises Problem for a vocabulary without the tokens for it."""

@@ -48,6 +48,7 @@ BUILT = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the environment, too
 @pytest.fixture(scope="module", params=["embedded", "llama_cpp", pytest.param("vllm", marks=BUILT)])
 def settings(request: pytest.FixtureRequest) -> Deploy:
     common: dict[str, Any] = {"max_replicas": 1, "max_body_bytes": 100_000, "max_inputs": 4, "cache_tokens": 8192}
+    common["stream_interval_s"] = 0.0  # tiny models would have ended before much was sent
     if request.param == "vllm":
         common |= {"llm_environment": str(request.getfixturevalue("llm_environment")), "threads_per_replica": 2}
     return Deploy(port=free_port(), engine=request.param, gguf_dtype="f32", **common)
@@ -124,7 +125,7 @@ def test_a_stream_comes_as_it_is_drawn(client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=NAME, prompt="sun", max_tokens=300, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
-    assert sum(1 for _ in stream) > 2  # what is drawn within `deploy.stream_interval_s` comes at once
+    assert sum(1 for _ in stream) > 10  # an engine that is faster than its reader gives several tokens at once
 
 
 def test_many_at_once_async_and_streamed(url: str, reference: Reference) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from heliostat.generate.embedded import EmbeddedEngine
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
 from serve.openai.protocol import ChatRequest, CompletionRequest
-from tests.generation import model_of, tiny_tokenizer
+from tests.generation import model_of, running, tiny_tokenizer
 
 EVERY_S = 0.2
 REQUEST = {
@@ -31,15 +29,16 @@ REQUEST = {
 }
 
 
-@asynccontextmanager
-async def running() -> AsyncIterator[EmbeddedEngine]:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-    engine = EmbeddedEngine(model_of("llama", tokenizer), tokenizer, cache_tokens=8192, threads=1)
-    try:
-        yield engine
-    finally:
-        await asyncio.to_thread(engine.close)
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    found = tiny_tokenizer()
+    found.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    return model_of("llama", tokenizer)
 
 
 def data(event: str) -> list[dict[str, Any]]:
@@ -62,9 +61,9 @@ def joined(events: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("every_s", [0.0, EVERY_S])
-def test_a_stream_tells_what_a_whole_answer_does(every_s: float) -> None:
+def test_a_stream_tells_what_a_whole_answer_does(model: Any, tokenizer: Any, every_s: float) -> None:
     async def ask() -> tuple[dict[str, Any], list[str], list[float]]:
-        async with running() as engine:
+        async with running(model, tokenizer) as engine:
             request = CompletionRequest.model_validate(REQUEST)
             whole = await CompletionAnswer(engine, request, "").whole()
             events, times = [], []
@@ -90,9 +89,9 @@ def test_a_stream_tells_what_a_whole_answer_does(every_s: float) -> None:
         assert min(gaps) > 0.99 * every_s  # a timer may be early by its clock's resolution
 
 
-def test_each_token_is_told_alone_where_nothing_holds_it() -> None:
+def test_each_token_is_told_alone_where_nothing_holds_it(model: Any, tokenizer: Any) -> None:
     async def ask() -> list[str]:
-        async with running() as engine:
+        async with running(model, tokenizer) as engine:
             request = CompletionRequest.model_validate({**REQUEST, "prompt": "the mirrors", "n": 1, "max_tokens": 30})
             return [event async for event in CompletionAnswer(engine, request, "").events()]
 
@@ -103,9 +102,9 @@ def test_each_token_is_told_alone_where_nothing_holds_it() -> None:
     assert len(told) > 3  # held back as above, they would be two
 
 
-def test_a_reader_who_leaves_ends_the_drawing() -> None:
+def test_a_reader_who_leaves_ends_the_drawing(model: Any, tokenizer: Any) -> None:
     async def ask() -> tuple[int, int]:
-        async with running() as engine:
+        async with running(model, tokenizer) as engine:
             request = CompletionRequest.model_validate({**REQUEST, "max_tokens": 1000})
             answer = CompletionAnswer(engine, request, "")
             async with aclosing(answer.events(EVERY_S)) as events:
@@ -118,9 +117,9 @@ def test_a_reader_who_leaves_ends_the_drawing() -> None:
     assert 0 < left == later < 4000
 
 
-def test_a_chat_begins_with_its_role_at_once() -> None:
+def test_a_chat_begins_with_its_role_at_once(model: Any, tokenizer: Any) -> None:
     async def ask() -> list[str]:
-        async with running() as engine:
+        async with running(model, tokenizer) as engine:
             messages = [{"role": "user", "content": "the mirrors"}]
             request = ChatRequest.model_validate({"model": "tiny", "messages": messages, "max_tokens": 20, "seed": 1})
             return [event async for event in ChatAnswer(engine, request, "").events(EVERY_S)]

@@ -6,8 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import transformers
 
 from heliostat.generate import EngineFailed, Sampling, Token
 from heliostat.generate.drawing import Draw, draw, json_grammar
-from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS, EmbeddedEngine
+from heliostat.generate.embedded import PAGE_TOKENS, STEP_TOKENS
 from heliostat.generate.text import TextStream
 from heliostat.models.load import train_tokenizer
 from heliostat.recipe import Refused
@@ -32,6 +31,7 @@ from tests.generation import (
     generated,
     model_of,
     prompts,
+    running,
     tiny_tokenizer,
 )
 from tests.recipes import WORDS
@@ -40,15 +40,6 @@ from tests.recipes import WORDS
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return tiny_tokenizer()
-
-
-@asynccontextmanager
-async def running(model: Any, tokenizer: Any, cache_tokens: int = 8192) -> AsyncIterator[EmbeddedEngine]:
-    engine = EmbeddedEngine(model, tokenizer, cache_tokens=cache_tokens, threads=1)
-    try:
-        yield engine
-    finally:
-        await asyncio.to_thread(engine.close)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
