@@ -43,7 +43,7 @@ from serve.application import (
 from serve.application import Answer as Predictions
 from serve.forms import OPENAPI
 from serve.gate import SPEND
-from serve.openai.answer import Answer
+from serve.openai.answer import Answer, sampling_defaults
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
 from serve.openai.protocol import (
@@ -78,6 +78,7 @@ class Loaded:
             "llama_cpp": {"threads_per_replica": 1},
         }
         self.predictor = answering(Path(config["bundle"]), settings.model_copy(update=alone.get(settings.engine)))
+        self.defaults = sampling_defaults(self.predictor.model, settings.sampling)
         self.version, self.ongoing, self.retired = config["version"], 0, False
         found = {each: bundles.read(Path(path)) for each, (path, _) in config["adapters"].items()}
         adapters = {each: read_adapter(bundle.path, f"deploy.adapters.{each}") for each, bundle in found.items()}
@@ -242,7 +243,7 @@ def _language_model(settings: Deploy, name: str) -> type:
                 loaded, served = self._model(request.model)
                 busy.enter_context(loaded)
                 # Templates and grammars take a while: beside the streams that go on.
-                answer = await asyncio.to_thread(kind, served.engine, request, served.fingerprint)
+                answer = await asyncio.to_thread(kind, served.engine, request, served.fingerprint, loaded.defaults)
                 self.answers.add(answer)
                 busy.callback(self._count, answer, sent.scope.get(SPEND))
                 if not request.stream:

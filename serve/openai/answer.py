@@ -14,10 +14,22 @@ from typing import Any, ClassVar
 
 from heliostat.generate import Engine, Sampling, Token
 from heliostat.generate.text import TextStream
+from heliostat.recipe import SamplingDefaults
 from serve.openai.protocol import MAX_CHOICES, Generation, Problem, as_problem
 
 TOLD = ("text", "delta", "logprobs", "finish_reason")
 """A streamed part in which all of these are empty is not sent."""
+DRAWN_BY = ("temperature", "top_p", "top_k")
+"""What a request may leave to the defaults of its server, beside the length of its answer."""
+
+
+def sampling_defaults(model: Any, own: SamplingDefaults) -> SamplingDefaults:
+    """What the recipe does not say is as the bundle's generation_config.json says, whether that samples or not."""
+    config = model.generation_config
+    theirs = {} if config is None else config.to_diff_dict()
+    found = {name: theirs.get(name) for name in DRAWN_BY}
+    found["max_tokens"] = theirs.get("max_new_tokens")
+    return SamplingDefaults(**(found | own.model_dump(exclude_none=True)))
 
 
 @dataclass
@@ -85,8 +97,16 @@ class Answer:
     chunk: ClassVar[str]
     """`object` of a streamed part."""
 
-    def __init__(self, engine: Engine, request: Generation, fingerprint: str) -> None:
-        self.engine, self.request = engine, request
+    def __init__(
+        self,
+        engine: Engine,
+        request: Generation,
+        fingerprint: str,
+        defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008 - nobody changes it
+    ) -> None:
+        """`defaults`: for what the request does not say."""
+        unsaid = {name: value for name, value in defaults if name in DRAWN_BY and getattr(request, name) is None}
+        self.engine, self.request, self.defaults = engine, request.model_copy(update=unsaid), defaults
         self.begun = time.perf_counter()
         self.head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -224,8 +244,9 @@ class Answer:
             ignore_end=request.ignore_eos and not grammar,
         )
 
-    def room(self, prompt: list[int], asked: int | None, default: int | None, param: str) -> int:
-        """Tokens that an answer may have. Raises Problem for what the context does not hold."""
+    def room(self, prompt: list[int], asked: int | None, param: str, default: int | None = None) -> int:
+        """Tokens that an answer may have. `default`: where neither the request nor `defaults` say (None: what the
+        context holds). Raises Problem for what the context does not hold."""
         limit = self.engine.max_length
         if len(prompt) + (asked or 1) > limit:
             raise Problem(
@@ -236,7 +257,7 @@ class Answer:
                 "context_length_exceeded",
             )
         left = limit - len(prompt)
-        return asked or min(left, default or left)
+        return asked or min(left, self.defaults.max_tokens or default or left)
 
     def token_text(self, token: int) -> str:
         return self.engine.tokenizer.decode([token])

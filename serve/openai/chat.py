@@ -25,7 +25,7 @@ class ChatAnswer(Answer):
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools or []]
         offered = tools if request.tool_choice != "none" else []
         prompt = self._prompt(offered)
-        room = self.room(prompt, request.max_completion_tokens or request.max_tokens, None, "messages")
+        room = self.room(prompt, request.max_completion_tokens or request.max_tokens, "messages")
         self._calls = [tool_calls.ToolCalls() if offered else None for _ in range(request.n or 1)]
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return [prompt], self.sampling(room, logprobs, self._grammar(tools))

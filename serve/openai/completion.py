@@ -31,7 +31,7 @@ class CompletionAnswer(Answer):
         if asked == 0 and not request.echo:
             raise Problem(400, "max_tokens: 0 needs echo", "max_tokens")
         prompts = self._prompts()
-        room = min(self.room(prompt, asked, DEFAULT_TOKENS, "prompt") for prompt in prompts)
+        room = min(self.room(prompt, asked, "prompt", DEFAULT_TOKENS) for prompt in prompts)
         self._offsets = [0] * len(prompts) * (request.n or 1)
         return prompts, self.sampling(0 if asked == 0 else room, request.logprobs)
 

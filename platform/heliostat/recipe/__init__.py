@@ -38,7 +38,7 @@ from heliostat.recipe.sections import (
     Tracking,
     Training,
 )
-from heliostat.recipe.serving import Deploy, Drift, Gate, GgufDtype, Rollout, check_precision
+from heliostat.recipe.serving import Deploy, Drift, Gate, GgufDtype, Rollout, SamplingDefaults, check_precision
 
 __all__ = [
     "OPEN",
@@ -65,6 +65,7 @@ __all__ = [
     "Recovery",
     "Refused",
     "Rollout",
+    "SamplingDefaults",
     "Schedule",
     "SearchRange",
     "Training",

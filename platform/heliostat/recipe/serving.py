@@ -27,6 +27,19 @@ class Gate(Section):
     resamples: PositiveInt = 2000
 
 
+class SamplingDefaults(Section):
+    """How tokens are drawn for a request that does not say. None: as the bundle's generation_config.json says, else as
+    OpenAI's protocol does: temperature 1 from all tokens, chats to the end of the context, completions of 16 tokens."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0: always the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Count | None = None
+    """0: from all tokens."""
+    max_tokens: PositiveInt | None = None
+    """Of an answer, where the context has room for them."""
+
+
 class Deploy(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -97,6 +110,8 @@ class Deploy(Section):
     stream_interval_s: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Language models: a streamed answer's tokens that come sooner than this after those before are sent with the next
     ones, since what it costs to send them is taken from the processors that draw. 0: each as soon as it is there."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """Language models: see there."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], str] = {}
     """Language models: bundles that were trained by `model.lora` on the one that is deployed, served beside it from its
     weights. By name: clients ask for NAME:ADAPTER. JSON."""
