@@ -148,7 +148,7 @@ def test_pbt_goes_on_from_a_better_trials_weights_and_rows(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_nodes_and_driver_are_lost_and_no_trial_is(tmp_path: Path) -> None:
     """Nodes are killed at random moments; then the driver is, and goes on, and nodes are killed again."""
-    trials = 24
+    trials = 36
 
     def start(how: str) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "tests.pipelines.lost_nodes", str(tmp_path), str(trials), how]
