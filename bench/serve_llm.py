@@ -65,6 +65,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+"""llama.cpp's server closes connections that it kept, at times under a request that has just been sent."""
+
+
 @dataclass
 class Answer:
     """When a request's tokens came, from its beginning."""
@@ -232,7 +236,7 @@ async def measure(
         if engine is not None:
             stack.callback(engine.close)
         deploy(path, "1", settings, NAME)
-        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx.AsyncClient(timeout=None, limits=LIMITS) as client:
             asks = {
                 "heliostat": http_asker(client, PORTS["heliostat"], NAME),
                 **({"engine": engine_asker(engine)} if engine is not None else {}),

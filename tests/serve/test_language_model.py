@@ -391,17 +391,6 @@ def test_a_page_to_chat_on(url: str, reference: Reference, tmp_path: Path) -> No
         assert page.problems == []
 
 
-def test_what_an_engine_does_not_do_is_refused(url: str, settings: Deploy) -> None:
-    body = {"model": NAME, "prompt": "sun", "max_tokens": 5, "frequency_penalty": 0.5}
-    for streamed in (False, True):
-        response = httpx.post(f"{url}/v1/completions", json={**body, "stream": streamed})
-        if settings.engine != "llama_cpp":
-            assert response.status_code == 200
-        else:
-            assert response.status_code == 400
-            assert response.json()["error"]["param"] == "frequency_penalty"
-
-
 def test_an_engine_that_cannot_serve_a_bundle_is_refused_before_it_starts(tmp_path: Path) -> None:
     settings = Deploy(engine="llama_cpp")
     with pytest.raises(Refused, match="for models that generate text"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 from heliostat import installed
-from heliostat.generate import EngineFailed, Sampling, Token, gguf_file, llama_cpp
+from heliostat.generate import EngineFailed, Sampling, Token, gguf_file, llama_api, llama_cpp
 from heliostat.generate.drawing import json_grammar
-from heliostat.generate.llama_cpp import Cache, LlamaCppEngine, check_parity, converted
+from heliostat.generate.llama_api import Llama
+from heliostat.generate.llama_cpp import LlamaCppEngine, check_parity, converted
 from heliostat.recipe import Deploy, GgufDtype, Refused
 from tests.generation import GREEDY, SCHEMA, answer, check_logprobs, generated, model_of, prompts, tiny_tokenizer
 
@@ -120,11 +122,7 @@ def test_answers_of_several_shares_and_a_cache_that_is_too_small_for_all(
             return await asyncio.gather(*(answer(engine, prompt, sampling) for prompt in asked))
 
     found = asyncio.run(ask())
-    for prompt, tokens in zip(asked, found, strict=True):
-        whole = torch.tensor([prompt])
-        options = {"do_sample": False, "max_new_tokens": sampling.max_tokens, "eos_token_id": None}
-        expected = model.generate(whole, attention_mask=torch.ones_like(whole), **options)[0, len(prompt) :]
-        assert ids(tokens) == expected.tolist()
+    assert [ids(tokens) for tokens in found] == [generated_on(model, prompt, 60) for prompt in asked]
 
 
 def test_an_answer_may_fill_the_context_and_go_on_behind_its_end(model: Any, tokenizer: Any) -> None:
@@ -219,61 +217,160 @@ def test_a_grammar_is_followed_by_a_model_that_knows_none(model: Any, tokenizer:
         jsonschema.validate(json.loads(text), SCHEMA)
 
 
-def test_what_it_would_do_otherwise_is_refused(model: Any, tokenizer: Any) -> None:
-    async def ask() -> None:
+def test_penalties_count_what_was_drawn(model: Any, tokenizer: Any) -> None:
+    prompt, sampling = [5, 6, 7], Sampling(12, temperature=0, frequency_penalty=1.5, presence_penalty=0.5)
+
+    async def ask() -> list[Token]:
         async with running(model, tokenizer) as engine:
-            for field in ("frequency_penalty", "presence_penalty"):
-                with pytest.raises(Refused, match="the prompt's tokens too") as error:
-                    engine.check_sampling(Sampling(3, **{field: 0.5}))
-                assert error.value.field == field
-            engine.check_sampling(Sampling(3, logit_bias={3: 1.0}, top_p=0.5, top_k=3, seed=1, logprobs=2))
-            engine.check_grammar(json_grammar({"type": "object"}))
+            engine.check_sampling(sampling)
+            return await answer(engine, prompt, sampling)
+
+    drawn: list[int] = []
+    while len(drawn) < sampling.max_tokens:
+        with torch.no_grad():
+            logits_V = model(torch.tensor([prompt + drawn])).logits[0, -1]
+        for token, times in Counter(drawn).items():
+            logits_V[token] -= 1.5 * times + 0.5
+        drawn.append(int(logits_V.argmax()))
+    assert ids(asyncio.run(ask())) == drawn
+
+
+def test_what_is_no_grammar_is_refused(model: Any, tokenizer: Any) -> None:
+    async def ask() -> list[Token]:
+        async with running(model, tokenizer) as engine:
             with pytest.raises(Refused, match="grammar"):
                 engine.check_grammar(json_grammar({"type": "no such type"}))
-            # Of its characters the vocabulary has only parts.
-            with pytest.raises(Refused, match="日"):
-                engine.check_grammar(json_grammar({"enum": ["日光"]}))
+            # Of these characters the vocabulary has only parts.
+            grammar = json_grammar({"enum": ["日光"]})
+            engine.check_grammar(grammar)
+            return await answer(engine, [5, 6, 7], Sampling(40, grammar=grammar))
 
-    asyncio.run(ask())
+    assert json.loads(tokenizer.decode(ids(asyncio.run(ask())), skip_special_tokens=True)) == "日光"
 
 
-def test_a_request_that_is_given_up_is_forgotten_and_a_closed_engine_says_so(model: Any, tokenizer: Any) -> None:
+def slowed(engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each step takes 10 ms longer. The tokens that the model reads, step by step."""
+    read, step, add = [0], Llama.step, Llama.add
+
+    def slow_step(llama: Llama) -> torch.Tensor:
+        time.sleep(0.01)
+        read.append(0)
+        return step(llama)
+
+    def counted(llama: Llama, sequence: int, begin: int, tokens: list[int], asked: range) -> None:
+        read[-1] += len(tokens)
+        add(llama, sequence, begin, tokens, asked)
+
+    monkeypatch.setattr(Llama, "step", slow_step)
+    monkeypatch.setattr(Llama, "add", counted)
+    return read
+
+
+def test_a_request_that_is_given_up_is_forgotten_and_a_closed_engine_says_so(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def ask() -> None:
         async with running(model, tokenizer, cache_tokens=512) as engine:
-            endless = Sampling(max_tokens=500, temperature=1.0, seed=0, ignore_end=True)
+            slowed(engine, monkeypatch)
+            endless = Sampling(max_tokens=500, temperature=1.0, seed=0, ignore_end=True)  # five seconds
             async with aclosing(engine.generate([1, 2, 3], endless)) as stream:
                 assert len(await anext(stream)) > 0
-                waiting = asyncio.create_task(answer(engine, [1, 2, 3], GREEDY))
+                waiting = asyncio.create_task(answer(engine, list(range(300)), GREEDY))
                 await asyncio.sleep(0.2)
                 assert not waiting.done()
-            assert len(await asyncio.wait_for(waiting, 20)) > 0
+            assert len(await asyncio.wait_for(waiting, 2)) > 0
             engine.check()
-        with pytest.raises(EngineFailed):
+        with pytest.raises(EngineFailed, match="has stopped"):
             engine.check()
-        with pytest.raises(EngineFailed):
+        with pytest.raises(EngineFailed, match="has stopped"):
             await answer(engine, [1, 2, 3], GREEDY)
 
     asyncio.run(ask())
 
 
-def test_the_cache_is_given_in_the_order_of_asking() -> None:
-    async def ask() -> list[str]:
-        cache, order = Cache(10, 2), []
+def test_who_waits_longest_is_next_and_short_ones_do_not_overtake(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask() -> list[int]:
+        order: list[int] = []
 
-        async def use(name: str, tokens: int, seconds: float) -> None:
-            async with cache.room(tokens):
-                order.append(name)
-                await asyncio.sleep(seconds)
+        async def use(engine: LlamaCppEngine, length: int) -> None:
+            async with aclosing(engine.generate([length] * length, Sampling(4, 0, ignore_end=True))) as stream:
+                async for _ in stream:
+                    if length not in order:
+                        order.append(length)
 
-        tasks = [asyncio.create_task(use(*each)) for each in [("a", 6, 0.05), ("b", 6, 0), ("c", 1, 0), ("d", 10, 0)]]
-        gone = asyncio.create_task(use("gone", 10, 0))
-        await asyncio.sleep(0.01)
-        gone.cancel()
-        await asyncio.gather(*tasks)
-        async with asyncio.timeout(1), cache.room(10):
-            return order
+        async with running(model, tokenizer, cache_tokens=512) as engine:
+            slowed(engine, monkeypatch)
+            await asyncio.gather(*(use(engine, length) for length in (300, 301, 20, 302)))
+        return order
 
-    assert asyncio.run(ask()) == ["a", "b", "c", "d"]
+    assert asyncio.run(ask()) == [300, 301, 20, 302]
+
+
+def test_a_beginning_that_was_read_before_is_not_read_again(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By requests in progress, and by former ones as long as there is room."""
+    begin, *others = prompts(6, 200, len(tokenizer))
+    begin = (begin * 200)[:200]
+    asked = [begin + other[:9] for other in others[:3]]
+    sampling = Sampling(10, 0, ignore_end=True)
+
+    async def ask() -> tuple[list[list[Token]], list[int]]:
+        async with running(model, tokenizer, cache_tokens=1024) as engine:
+            read = slowed(engine, monkeypatch)
+
+            async def count(*texts: list[int]) -> tuple[list[list[Token]], int]:
+                before = sum(read)
+                found = await asyncio.gather(*(answer(engine, text, sampling) for text in texts))
+                return found, sum(read) - before
+
+            steps = [await count(asked[0]), await count(asked[1], asked[2]), await count(asked[0])]
+            scored, of_score = await engine.score(asked[0], 1), 0
+            steps.append(([scored], of_score))
+            await count([1] * 900)  # of former texts there are as many tokens as the cache has
+            steps.append(await count(asked[0]))
+            return [tokens for found, _ in steps for tokens in found], [number for _, number in steps]
+
+    found, read = asyncio.run(ask())
+    expected = [generated_on(model, text, 10) for text in asked]
+    for tokens, one in zip([*found[:4], found[-1]], (0, 1, 2, 0, 0), strict=True):
+        assert ids(tokens) == expected[one]
+    assert ids(found[4]) == asked[0]
+    lengths = [len(text) for text in asked]
+    assert read[0] == lengths[0] + 9  # the last token that is drawn is not read
+    assert read[1] == sum(lengths[1:]) - 2 * 200 + 2 * 9
+    assert read[2] == 1 + 9  # what is said behind its last token is not kept
+    assert read[4] == read[0]
+
+
+def generated_on(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Greedily, past any end."""
+    whole = torch.tensor([prompt])
+    options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None}
+    return model.generate(whole, attention_mask=torch.ones_like(whole), **options)[0, len(prompt) :].tolist()
+
+
+def test_a_step_that_fails_ends_all_requests(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> list[Any]:
+        async with running(model, tokenizer) as engine:
+            with pytest.raises(EngineFailed, match="2049 tokens are more than the 2048"):
+                await answer(engine, [1], Sampling(2048))
+            monkeypatch.setattr(engine._llama._library, "llama_decode", lambda *_: -3)
+            found = await asyncio.gather(*(answer(engine, [1, i], GREEDY) for i in range(40)), return_exceptions=True)
+            with pytest.raises(EngineFailed):
+                engine.check()
+            return found
+
+    found = asyncio.run(ask())
+    assert all(isinstance(error, EngineFailed) and "llama_decode: -3" in str(error) for error in found), found
+
+
+def test_another_layout_of_parameters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llama_api.DEFAULTS, "n_batch", 4096)
+    with pytest.raises(EngineFailed, match=r"\(at n_batch\).*requirements.lock"):
+        llama_api.library.__wrapped__()
 
 
 # -- conversion

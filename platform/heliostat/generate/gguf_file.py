@@ -1,9 +1,9 @@
 """A causal language model as a GGUF file, which llama.cpp reads.
 
 The file is for token ids in and token ids out: the text is the tokenizer's matter on this side. Of a token the file has
-the bytes that it spells (grammars match these), whatever kind the tokenizer is. A token that spells part of a character
-spells nothing there: llama.cpp's server keeps back the ids of tokens until their text is whole characters,
-and loses them.
+the bytes that it spells, since llama.cpp wants some. A token that spells part of a character spells nothing there:
+llama.cpp's own server, beside which the engine is measured, keeps back the ids of tokens until their text is whole
+characters, and loses them.
 """
 
 from __future__ import annotations

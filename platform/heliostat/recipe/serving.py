@@ -107,7 +107,7 @@ class Deploy(Section):
     """What llama.cpp's weights are: `f32` gives the bundle's own answers, `q8_0` needs a quarter of the memory."""
     cache_tokens: Annotated[int, Field(ge=128)] = 16384
     """Language models: tokens whose keys and values a replica keeps, of all its requests together."""
-    stream_interval_s: Annotated[float, Field(ge=0, le=1)] = 0.02
+    stream_interval_s: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Language models: a streamed answer's tokens that come sooner than this after those before are sent with the next
     ones, since what it costs to send them is taken from the processors that draw. 0: each as soon as it is there."""
     sampling: SamplingDefaults = SamplingDefaults()
