@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 from collections import deque
@@ -26,6 +27,7 @@ from heliostat.generate.llama_api import STEP_TOKENS, Llama
 from heliostat.generate.parity import LONG_TOKENS, Parity, parity
 from heliostat.recipe import GgufDtype, Refused
 
+logger = logging.getLogger("heliostat")
 REQUESTS = 32
 """Answers in progress; more wait for their turn."""
 SHARE_TOKENS = 256
@@ -249,7 +251,7 @@ class LlamaCppEngine:
                     self._wait()
         except Exception as error:
             self._failed = f"the engine has stopped: {error}"
-            raise
+            logger.exception("llama.cpp's thread has stopped")
         finally:
             with self._changed:
                 self._closing = True
