@@ -178,8 +178,9 @@ class LlamaCppEngine:
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
         ends = frozenset[int]() if sampling.ignore_end else self.end_ids
         request = Request(list(prompt), len(prompt) + sampling.max_tokens, ends, Draw(sampling, matcher))
-        async for tokens in self._told(request):
-            yield tokens
+        async with contextlib.aclosing(self._told(request)) as told:
+            async for tokens in told:
+                yield tokens
 
     async def score(self, ids: list[int], top: int) -> list[Token]:
         return [Token(ids[0]), *await self.score_from(ids, 1, top)]
