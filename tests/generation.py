@@ -87,9 +87,11 @@ def prompts(count: int, longest: int, vocabulary: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+def generated(model: Any, prompt: list[int], max_tokens: int, **options: Any) -> list[int]:
+    """Greedily. `options`: of transformers' `generate`."""
     ids = torch.tensor([prompt], device=model.device)
-    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": max_tokens} | options
+    whole = model.generate(ids, **options)
     return whole[0, len(prompt) :].tolist()
 
 

@@ -391,6 +391,12 @@ def test_a_page_to_chat_on(url: str, reference: Reference, tmp_path: Path) -> No
         assert page.problems == []
 
 
+def test_penalties_are_taken(url: str) -> None:
+    body = {"model": NAME, "prompt": "sun", "max_tokens": 5, "frequency_penalty": 0.5}
+    for streamed in (False, True):
+        assert httpx.post(f"{url}/v1/completions", json={**body, "stream": streamed}).status_code == 200
+
+
 def test_an_engine_that_cannot_serve_a_bundle_is_refused_before_it_starts(tmp_path: Path) -> None:
     settings = Deploy(engine="llama_cpp")
     with pytest.raises(Refused, match="for models that generate text"):

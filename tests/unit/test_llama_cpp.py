@@ -122,7 +122,7 @@ def test_answers_of_several_shares_and_a_cache_that_is_too_small_for_all(
             return await asyncio.gather(*(answer(engine, prompt, sampling) for prompt in asked))
 
     found = asyncio.run(ask())
-    assert [ids(tokens) for tokens in found] == [generated_on(model, prompt, 60) for prompt in asked]
+    assert [ids(tokens) for tokens in found] == [generated(model, prompt, 60, eos_token_id=None) for prompt in asked]
 
 
 def test_an_answer_may_fill_the_context_and_go_on_behind_its_end(model: Any, tokenizer: Any) -> None:
@@ -248,17 +248,17 @@ def test_what_is_no_grammar_is_refused(model: Any, tokenizer: Any) -> None:
     assert json.loads(tokenizer.decode(ids(asyncio.run(ask())), skip_special_tokens=True)) == "日光"
 
 
-def slowed(engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Each step takes 10 ms longer. The tokens that the model reads, step by step."""
-    read, step, add = [0], Llama.step, Llama.add
+def slowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each step takes 10 ms longer. How many tokens the model reads, in one number for each time that it is told."""
+    read: list[int] = []
+    step, add = Llama.step, Llama.add
 
     def slow_step(llama: Llama) -> torch.Tensor:
         time.sleep(0.01)
-        read.append(0)
         return step(llama)
 
     def counted(llama: Llama, sequence: int, begin: int, tokens: list[int], asked: range) -> None:
-        read[-1] += len(tokens)
+        read.append(len(tokens))
         add(llama, sequence, begin, tokens, asked)
 
     monkeypatch.setattr(Llama, "step", slow_step)
@@ -271,7 +271,7 @@ def test_a_request_that_is_given_up_is_forgotten_and_a_closed_engine_says_so(
 ) -> None:
     async def ask() -> None:
         async with running(model, tokenizer, cache_tokens=512) as engine:
-            slowed(engine, monkeypatch)
+            slowed(monkeypatch)
             endless = Sampling(max_tokens=500, temperature=1.0, seed=0, ignore_end=True)  # five seconds
             async with aclosing(engine.generate([1, 2, 3], endless)) as stream:
                 assert len(await anext(stream)) > 0
@@ -301,7 +301,7 @@ def test_who_waits_longest_is_next_and_short_ones_do_not_overtake(
                         order.append(length)
 
         async with running(model, tokenizer, cache_tokens=512) as engine:
-            slowed(engine, monkeypatch)
+            slowed(monkeypatch)
             await asyncio.gather(*(use(engine, length) for length in (300, 301, 20, 302)))
         return order
 
@@ -319,37 +319,31 @@ def test_a_beginning_that_was_read_before_is_not_read_again(
 
     async def ask() -> tuple[list[list[Token]], list[int]]:
         async with running(model, tokenizer, cache_tokens=1024) as engine:
-            read = slowed(engine, monkeypatch)
+            read, found, counts = slowed(monkeypatch), [], []
 
-            async def count(*texts: list[int]) -> tuple[list[list[Token]], int]:
-                before = sum(read)
-                found = await asyncio.gather(*(answer(engine, text, sampling) for text in texts))
-                return found, sum(read) - before
+            async def count(*texts: list[int]) -> None:
+                read.clear()
+                found.extend(await asyncio.gather(*(answer(engine, text, sampling) for text in texts)))
+                counts.append(sum(read))
 
-            steps = [await count(asked[0]), await count(asked[1], asked[2]), await count(asked[0])]
-            scored, of_score = await engine.score(asked[0], 1), 0
-            steps.append(([scored], of_score))
-            await count([1] * 900)  # of former texts there are as many tokens as the cache has
-            steps.append(await count(asked[0]))
-            return [tokens for found, _ in steps for tokens in found], [number for _, number in steps]
+            await count(asked[0])
+            await count(asked[1], asked[2])
+            await count(asked[0])
+            assert ids(await engine.score(asked[0], 1)) == asked[0]
+            await answer(engine, [1] * 900, sampling)  # of former texts there are as many tokens as the cache has
+            await count(asked[0])
+            return found, counts
 
-    found, read = asyncio.run(ask())
-    expected = [generated_on(model, text, 10) for text in asked]
-    for tokens, one in zip([*found[:4], found[-1]], (0, 1, 2, 0, 0), strict=True):
-        assert ids(tokens) == expected[one]
-    assert ids(found[4]) == asked[0]
-    lengths = [len(text) for text in asked]
-    assert read[0] == lengths[0] + 9  # the last token that is drawn is not read
-    assert read[1] == sum(lengths[1:]) - 2 * 200 + 2 * 9
-    assert read[2] == 1 + 9  # what is said behind its last token is not kept
-    assert read[4] == read[0]
-
-
-def generated_on(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedily, past any end."""
-    whole = torch.tensor([prompt])
-    options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None}
-    return model.generate(whole, attention_mask=torch.ones_like(whole), **options)[0, len(prompt) :].tolist()
+    found, counts = asyncio.run(ask())
+    expected = [generated(model, text, 10, eos_token_id=None) for text in asked]
+    assert [ids(tokens) for tokens in found] == [expected[i] for i in (0, 1, 2, 0, 0)]
+    first, *others = (len(text) for text in asked)
+    assert counts == [
+        first + 9,  # the last token that is drawn is not read
+        sum(others) - 2 * 200 + 2 * 9,
+        1 + 9,  # what is said behind its last token is not kept
+        first + 9,
+    ]
 
 
 def test_a_step_that_fails_ends_all_requests(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def draw(draws: list[Draw], logits_RV: Tensor) -> Tensor:
     for each, scores_V in zip(draws, scores_RV, strict=True):
         if each.bends:
             each.bend(scores_V)
-    tokens_R = likeliest(scores_RV)
+    tokens_R = _likeliest(scores_RV)
     sampled = [i for i, each in enumerate(draws) if each.sampling.temperature > 0]
     # Apart, so that who shares the step has no say in what a request draws.
     for some in ([i for i in sampled if draws[i].cuts], [i for i in sampled if not draws[i].cuts]):
@@ -139,7 +139,7 @@ def draw(draws: list[Draw], logits_RV: Tensor) -> Tensor:
     return tokens_R
 
 
-def likeliest(scores_RV: Tensor) -> Tensor:
+def _likeliest(scores_RV: Tensor) -> Tensor:
     """(R) On processors by NumPy, whose argmax takes a tenth of the time."""
     return scores_RV.argmax(-1) if scores_RV.is_cuda else torch.from_numpy(scores_RV.float().numpy().argmax(-1))
 

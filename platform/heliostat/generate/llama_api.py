@@ -177,11 +177,11 @@ class Llama:
         self._rows: list[tuple[int, int, int, bool]] = []
         """Of the next step: token, position, sequence, whether its logits are wanted."""
         self._values = [np.zeros(STEP_TOKENS, kind) for kind in (np.int32, np.int32, np.int32, np.int8)]
-        tokens, positions, sequences, asked = (values.ctypes.data for values in self._values)
-        self._ones = np.ones(STEP_TOKENS, np.int32)
-        self._pointers = np.arange(sequences, sequences + 4 * STEP_TOKENS, 4, dtype=np.uintp)
+        token, position, sequence, asked = (values.ctypes.data for values in self._values)
+        self._ones = np.ones(STEP_TOKENS, np.int32)  # each token is of one sequence
+        self._pointers = np.arange(sequence, sequence + 4 * STEP_TOKENS, 4, dtype=np.uintp)
         ones, pointers = self._ones.ctypes.data, self._pointers.ctypes.data
-        self._batch = _Batch(0, tokens, None, positions, ones, pointers, asked)
+        self._batch = _Batch(0, token, None, position, ones, pointers, asked)
 
     def add(self, sequence: int, begin: int, tokens: Sequence[int], asked: range) -> None:
         """To the next step: `tokens` at the positions from `begin` on. `asked`: those of them, by position, whose

@@ -111,7 +111,7 @@ class Deploy(Section):
     """Language models: a streamed answer's tokens that come sooner than this after those before are sent with the next
     ones, since what it costs to send them is taken from the processors that draw. 0: each as soon as it is there."""
     sampling: SamplingDefaults = SamplingDefaults()
-    """Language models: see there."""
+    """Language models: how tokens are drawn for a request that does not say."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], str] = {}
     """Language models: bundles that were trained by `model.lora` on the one that is deployed, served beside it from its
     weights. By name: clients ask for NAME:ADAPTER. JSON."""
