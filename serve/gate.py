@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
@@ -26,6 +26,8 @@ OPEN = frozenset({"/", "/healthz", "/docs", "/docs/oauth2-redirect", "/redoc", "
 ADMITTED = "heliostat.admitted"
 """In the scope of a request that was let in, its tenant; empty where nobody is charged for it. No server lets a client
 set it."""
+REQUEST = "heliostat.request"
+"""In the scope of a request that may be forgiven, its number."""
 SPEND = "heliostat.spend"
 """In the scope, what charges the tenant: it is called with a number of tokens."""
 READ_S, STAY_S = 1.0, 60.0
@@ -94,18 +96,21 @@ class Gate:
         scope[ADMITTED] = tenant
         return None
 
-    def spend(self, tenant: str, tokens: int) -> None:
-        """Charge a tenant, without waiting."""
+    def spend(self, tenant: str, tokens: int, request: str = "") -> None:
+        """Charge a tenant, without waiting; for a `request` that may be forgiven, by its number."""
+        self._charge(self.draws.spend, tenant, tokens, request)
+
+    def forgive(self, tenant: str, request: str) -> None:
+        """Take the charge of a request back, or the one to come, without waiting."""
+        self._charge(self.draws.forgive, tenant, request)
+
+    def _charge(self, change: Callable[..., Any], tenant: str, *arguments: Any) -> None:
         known = self.tenants.get(tenant)
         limits = None if known is None else Limits.of(known)
         if limits is not None and limits.tokens is not None:
-            task = asyncio.create_task(self._spend(tenant, limits, tokens))
+            task = asyncio.create_task(_heard(change(tenant, limits, *arguments)))
             self.spending.add(task)  # the loop would forget it
             task.add_done_callback(self.spending.discard)
-
-    async def _spend(self, tenant: str, limits: Limits, tokens: int) -> None:
-        with contextlib.suppress(UnreachableError):  # in which case the next request is not let in
-            await self.draws.spend(tenant, limits, tokens)
 
     async def _watch(self) -> None:
         """What cannot be read any more goes on as it was: a slip of the pen must not shut everyone out."""
@@ -125,6 +130,11 @@ class Gate:
                 except UnreachableError:
                     logger.warning("the actor that counts requests does not answer: tenants with limits get status 503")
             await asyncio.sleep(READ_S)
+
+
+async def _heard(asked: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(UnreachableError):  # in which case the next request is not let in
+        await asked
 
 
 def _key(headers: list[tuple[bytes, bytes]]) -> bytes:
@@ -151,7 +161,7 @@ class Gated:
             if ADMITTED not in scope and (refused := await self.gate.admit(scope)) is not None:
                 await refused(scope, receive, send)
                 return
-            scope[SPEND] = functools.partial(self.gate.spend, scope[ADMITTED])
+            scope[SPEND] = functools.partial(self.gate.spend, scope[ADMITTED], request=scope.get(REQUEST, ""))
         await self.app(scope, receive, send)
 
 

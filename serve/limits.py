@@ -26,6 +26,8 @@ IDLE_S = 300.0
 """The actor ends when it was not asked, or told to stay, for so long and its buckets are full: it knows nothing then
 that another would not."""
 ASK_S, ATTEMPTS, AGAIN_S = 5.0, 3, 0.2
+MAX_PENDING = 10_000
+"""Requests of which it is remembered what they were charged, or that they were forgiven."""
 
 
 class UnreachableError(Exception):
@@ -107,6 +109,8 @@ class Buckets:
 
     def __init__(self, idle_s: float = IDLE_S) -> None:
         self.buckets: dict[tuple[str, str], Bucket] = {}
+        self.pending: dict[str, int | None] = {}
+        """What requests were charged that may yet be forgiven; None: one that was, and was not charged before."""
         self.idle_s = idle_s
         self.asked = time.monotonic()
         self.ending: asyncio.Task[None] | None = None
@@ -121,9 +125,29 @@ class Buckets:
             return wanted, 0.0
         return self._bucket(name, "requests", limits.requests, now).take(wanted, now)
 
-    async def spend(self, name: str, tokens: Rate, amount: int) -> None:
+    async def spend(self, name: str, tokens: Rate, amount: int, request: str = "") -> None:
+        """`request`: one that may be forgiven, by its number."""
+        if request and request in self.pending:
+            del self.pending[request]
+            return
+        self._remember(request, amount)
         now = time.monotonic()
         self._bucket(name, "tokens", tokens, now).spend(amount, now)
+
+    async def forgive(self, name: str, tokens: Rate, request: str) -> None:
+        """A request is not charged for: neither what it was, nor what it will be."""
+        amount = self.pending.pop(request, None)
+        if amount is None:
+            self._remember(request, None)
+            return
+        now = time.monotonic()
+        self._bucket(name, "tokens", tokens, now).spend(-amount, now)
+
+    def _remember(self, request: str, amount: int | None) -> None:
+        if request:
+            self.pending[request] = amount
+            if len(self.pending) > MAX_PENDING:
+                del self.pending[next(iter(self.pending))]
 
     def _bucket(self, name: str, kind: str, rate: Rate, now: float) -> Bucket:
         bucket = self.buckets.setdefault((name, kind), Bucket(rate, now))
@@ -176,10 +200,15 @@ class Draws:
             held.requests -= 1
             return 0.0
 
-    async def spend(self, tenant: str, limits: Limits, tokens: int) -> None:
-        """Charge what an answer took. Raises UnreachableError."""
+    async def spend(self, tenant: str, limits: Limits, tokens: int, request: str = "") -> None:
+        """Charge what an answer took; that to a `request`, by its number, may be forgiven. Raises UnreachableError."""
         if limits.tokens is not None:
-            await self._ask("spend", self._name(tenant), limits.tokens, tokens)
+            await self._ask("spend", self._name(tenant), limits.tokens, tokens, request)
+
+    async def forgive(self, tenant: str, limits: Limits, request: str) -> None:
+        """Take the charge of a request back, also one that is still to come. Raises UnreachableError."""
+        if limits.tokens is not None:
+            await self._ask("forgive", self._name(tenant), limits.tokens, request)
 
     def _name(self, tenant: str) -> str:
         return f"{self.source} {tenant}"

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from starlette.responses import Response, StreamingResponse
 from heliostat.recipe import Recipe
 from heliostat.rollout.outcomes import Outcome, Seen
 from heliostat.rollout.schedule import Traffic, lot
-from serve.gate import ADMITTED, Gate, late, path_of, refusal
+from serve.gate import ADMITTED, REQUEST, Gate, late, path_of, refusal
 
 SCOPE = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
@@ -155,7 +156,8 @@ class Router:
         raise AssertionError
 
     async def _candidate_else_stable(self, asked: Asked, seen: Seen) -> Response:
-        """The old version answers what the new one fails to, or refuses."""
+        """The old version answers what the new one fails to, or refuses; and is paid for it alone."""
+        number = uuid.uuid4().hex
 
         def over(candidate: Outcome) -> None:
             seen.candidate = candidate
@@ -164,13 +166,15 @@ class Router:
         outcome = Outcome(failed=True)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                begun = await _begin(self.candidate, asked)
+                begun = await _begin(self.candidate, replace(asked, scope={**asked.scope, REQUEST: number}))
             if begun.status < 400:
                 return self._respond(begun, over)
             outcome = begun.outcome
             begun.drop()
         except FAILURES:
             pass
+        if self.gate is not None:
+            self.gate.forgive(asked.scope[ADMITTED], number)
         begun = await self._stable(asked)
         over(outcome.beside(begun.outcome))
         return self._respond(begun)

@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from ray import serve
 
 from heliostat import registry
 from heliostat.hardware import free_port
@@ -29,15 +32,17 @@ from tests.slow_client import trickle
 pytestmark = pytest.mark.slow
 
 
-LIMITS = {"free": {}, "slow": {"requests_per_minute": 1, "burst": 3}, "reader": {"tokens_per_minute": 60}}
+LIMITS = {
+    "free": {},
+    "slow": {"requests_per_minute": 1, "burst": 3},
+    "reader": {"tokens_per_minute": 60},
+    "patient": {"tokens_per_minute": 60},
+}
 """Of tenants, whose keys are called as they are."""
 
 
-@pytest.fixture(scope="module")
-def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
-    from ray import serve
-
-    folder = tmp_path_factory.mktemp("router")
+@contextmanager
+def two_versions(folder: Path, **changes: Any) -> Iterator[Split]:
     paths = [chat_bundle(folder, seed) for seed in (0, 1)]
     file = folder / "keys.json"
     file.write_text(
@@ -49,6 +54,7 @@ def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "deploy.keys_file": str(file),
         "deploy.body_timeout_s": 2.0,
         "rollout.num_routers": 1,
+        **changes,
     }
     recipe = override(bundles.read(paths[0]).recipe, settings)
     with split(recipe, Served(paths[0], "1"), Served(paths[1], "2")) as found:
@@ -56,12 +62,18 @@ def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     serve.shutdown()
 
 
+@pytest.fixture(scope="module")
+def versions(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
+    with two_versions(tmp_path_factory.mktemp("router")) as found:
+        yield found
+
+
 def url(versions: Split) -> str:
     return f"http://127.0.0.1:{versions.recipe.deploy.port}"
 
 
-def ask(versions: Split, tenant: str) -> httpx.Response:
-    body = {"model": "tiny", "prompt": "sun", "max_tokens": 12, "ignore_eos": True}
+def ask(versions: Split, tenant: str, **given: Any) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "sun", "max_tokens": 12, "ignore_eos": True, **given}
     headers = {"authorization": f"Bearer {tenant}"}
     return httpx.post(f"{url(versions)}/v1/completions", json=body, headers=headers, timeout=30)
 
@@ -88,8 +100,6 @@ def exchanged(versions: Split, traffic: Traffic) -> list[Seen]:
 
 def test_a_whole_rollout_under_streams(ray_cluster: None, tmp_path: Path) -> None:
     """Each answer is one version's from its first token to its last, and nobody loses one."""
-    from ray import serve
-
     settings = {
         "name": "tiny",
         "storage": str(tmp_path),
@@ -127,6 +137,23 @@ def test_a_whole_rollout_under_streams(ray_cluster: None, tmp_path: Path) -> Non
     assert {(text, *fingerprints) for text, fingerprints in found} == {(text, name) for name, text in texts.items()}
     assert streamed(recipe) == (texts[new.digest[:12]], {new.digest[:12]})
     serve.shutdown()
+
+
+def test_a_version_that_fails_is_not_paid(ray_cluster: None, tmp_path: Path) -> None:
+    """It has read the prompt and drawn tokens, when its time is over and the other one is asked."""
+    with two_versions(tmp_path, **{"rollout.timeout_s": 0.5}) as versions:
+        versions.exchange(Traffic(1.0))
+        begun = time.monotonic()
+        answer = ask(versions, "patient", prompt="sun " * 100, max_tokens=700, n=4)
+        (seen,) = settled(versions)
+        late = ask(versions, "patient")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["system_fingerprint"] == bundles.read(versions.stable.bundle).digest[:12]
+    assert seen.candidate is not None
+    assert seen.candidate.failed
+    # The seconds until it may ask again are the tokens that it owes: it has 60, and one more each second.
+    used = answer.json()["usage"]["total_tokens"]
+    assert used - 60 - (time.monotonic() - begun) <= int(late.headers["retry-after"]) <= used - 60
 
 
 def test_streams_come_from_the_version_whose_turn_it_is(versions: Split) -> None:

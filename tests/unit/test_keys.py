@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from heliostat.recipe import Refused
 from pipelines.keys import parse, run
 from serve import keys
 from serve.keys import Tenant
-from serve.limits import Bucket, Limits, Rate
+from serve.limits import MAX_PENDING, Bucket, Buckets, Limits, Rate
 
 
 @pytest.fixture
@@ -193,3 +194,33 @@ def test_what_was_used_is_owed() -> None:
     assert bucket.debt_s(10.0) == 0
     bucket.spend(1, 11.0)
     assert bucket.debt_s(11.0) == 0
+
+
+@pytest.mark.parametrize("steps", ["spend forgive", "forgive spend"])
+def test_what_is_forgiven_is_not_owed(steps: str) -> None:
+    """Whichever is heard of first; and nothing is remembered of it."""
+    buckets, rate = Buckets(), Rate(1.0, 10)
+    limits = Limits(None, rate)
+
+    async def waits() -> list[float]:
+        for step in steps.split():
+            await (buckets.spend("sun", rate, 30, "a") if step == "spend" else buckets.forgive("sun", rate, "a"))
+        _, before = await buckets.take("sun", limits, 1)
+        await buckets.spend("sun", rate, 30, "b")
+        await buckets.spend("sun", rate, 30)
+        return [before, (await buckets.take("sun", limits, 1))[1]]
+
+    assert asyncio.run(waits()) == pytest.approx([0, 50], abs=1)
+    assert set(buckets.pending) == {"b"}
+
+
+def test_charges_that_nobody_forgives_are_not_kept_for_ever() -> None:
+    buckets = Buckets()
+
+    async def spend() -> None:
+        for number in range(MAX_PENDING + 5):
+            await buckets.spend("sun", Rate(1.0, 10), 1, str(number))
+
+    asyncio.run(spend())
+    assert len(buckets.pending) == MAX_PENDING
+    assert min(map(int, buckets.pending)) == 5
