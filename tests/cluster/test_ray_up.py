@@ -74,6 +74,39 @@ def weak_champion(recipe: Recipe, folder: Path) -> None:
     promote(recipe, register(recipe, bundles.read(Path(outcome["bundle"])), None))
 
 
+def serve_through_a_power_cut(lab: Lab, file: Path) -> None:
+    """The endpoint of a recipe's champion on two hosts, asked through two. One loses its power, and what others had
+    sent to it is answered; when it comes back, so does its replica."""
+    lab.type("ray", "exec", lab.file, "serve shutdown --yes")  # whose choice of a proxy stays as long as it runs
+    words = ["python", "-m", "pipelines.deploy", file, "--keep", "--deploy.host", "0.0.0.0"]
+    words += ["--deploy.min_replicas", "2", "--deploy.max_replicas", "2", "--deploy.cpus_per_replica", "1"]
+    lab.type(*SUBMIT, "--", *words)
+    *others, lost = lab.room.hosts
+    until = lab.room.shared / "asked"
+    until.touch()
+    load = lab.start("python", "-m", "tests.cluster.clients", until, *(host.address for host in others))
+
+    def pairs() -> int:
+        """Of a replica and a host that it answered through."""
+        lines = [line for line in load.said().splitlines() if line.endswith("}")]
+        return len(json.loads(lines[-1])["answers"]) if lines else 0
+
+    load.wait_for(lambda: pairs() == 4, "answers of both replicas through both hosts")
+    lab.room.cut(lost)
+    lab.room.boot(lost)  # and nobody types anything
+    load.wait_for(lambda: pairs() == 6, "answers of another replica through both hosts")
+    until.unlink()
+    assert json.loads(load.done().splitlines()[-1])["lost"] == []
+
+    def heard() -> list[list[str]]:
+        """By each host's HAProxy: where its figures are, and where its clients come."""
+        said = [host.run("ss", "-tlnpH", capture_output=True).stdout.splitlines() for host in lab.room.hosts]
+        return [sorted(line.split()[3].rpartition(":")[0] for line in lines if '"haproxy"' in line) for lines in said]
+
+    load.wait_for(lambda: all(heard()), "HAProxy on each host")
+    assert heard() == [["0.0.0.0", "127.0.0.1", "127.0.0.1"]] * len(lab.room.hosts)
+
+
 @needs.hosts
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
@@ -96,6 +129,9 @@ def test_a_cluster_from_up_to_down() -> None:
         ask = f"curl -s 127.0.0.1:8000/predict -H 'content-type: application/json' -d '{question}'"
         (said,) = re.findall(r'{"predictions".*}', there.type("ray", "exec", there.file, ask))
         assert [each["label"] for each in json.loads(said)["predictions"]] == ["dark", "bright"]
+
+        with there.tunnel():
+            serve_through_a_power_cut(there, there.room.shared / "recipe.json")
 
         there.type("ray", "down", "--yes", there.file)
         for host in there.room.hosts[1:]:  # as docs/cluster.md says

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import peft
 import pytest
+from ray import serve
 
 from heliostat.hardware import free_port
 from heliostat.recipe import Deploy
-from pipelines.bundle import run
+from pipelines import bundle, train
 from pipelines.job import main
 from serve.application import deploy
 from tests.bundles import Reference
@@ -25,29 +27,57 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [{"engine": "embedded"}, {"engine": "llama_cpp", "gguf_dtype": "f32"}])
-def test_sixteen_conversations_at_once_are_those_of_generate(
-    engine: dict[str, Any], ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from ray import serve
+def greedy(url: str, asked: list[tuple[str, list]]) -> list[str | None]:
+    """What models say to conversations, all of them at once."""
 
-    assert main("bundle", run, ["smollm", "--storage", str(tmp_path)]) == 0
-    path = Path(json.loads(capfd.readouterr().out.splitlines()[-1])["bundle"])
-    reference = Reference(path)
-    asked = [[{"role": "user", "content": f"{question} {i}"}] for i in range(4) for question in QUESTIONS]
-    settings = Deploy(port=free_port(), max_replicas=1, threads_per_replica=2, **engine)
-    url = deploy(path, "1", settings, "smollm")
-
-    async def one(client: openai.AsyncOpenAI, messages: list) -> str | None:
-        found = await client.chat.completions.create(model="smollm", messages=messages, max_tokens=24, temperature=0)
+    async def one(client: openai.AsyncOpenAI, model: str, messages: list) -> str | None:
+        found = await client.chat.completions.create(model=model, messages=messages, max_tokens=24, temperature=0)
         return found.choices[0].message.content
 
     async def ask() -> list[str | None]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=400) as client:
-            return await asyncio.gather(*(one(client, messages) for messages in asked))
+            return await asyncio.gather(*(one(client, model, messages) for model, messages in asked))
 
     try:
-        assert asyncio.run(ask()) == [reference.text(reference.chat(messages), 24) for messages in asked]
+        return asyncio.run(ask())
     finally:
         serve.shutdown()
+
+
+@pytest.fixture
+def written(ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    """The model's bundle."""
+    assert main("bundle", bundle.run, ["smollm", "--storage", str(tmp_path)]) == 0
+    return Path(json.loads(capfd.readouterr().out.splitlines()[-1])["bundle"])
+
+
+CONVERSATIONS = [[{"role": "user", "content": f"{question} {i}"}] for i in range(4) for question in QUESTIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{"engine": "embedded"}, {"engine": "llama_cpp", "gguf_dtype": "f32"}])
+def test_sixteen_conversations_at_once_are_those_of_generate(written: Path, engine: dict[str, Any]) -> None:
+    reference = Reference(written)
+    settings = Deploy(port=free_port(), max_replicas=1, threads_per_replica=2, **engine)
+    found = greedy(deploy(written, "1", settings, "smollm"), [("smollm", each) for each in CONVERSATIONS])
+    assert found == [reference.text(reference.chat(each), 24) for each in CONVERSATIONS]
+
+
+@pytest.mark.slow
+def test_conversations_with_an_adapter_beside_those_without(
+    written: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that was trained here, on Python functions, against peft's."""
+    adapted = {"model.lora.rank": 8, "schedule.max_steps": 6, "optimizer.lr": 2e-3, "data.limit": 200}
+    words = [word for name, value in adapted.items() for word in (f"--{name}", str(value))]
+    assert main("train", train.run, ["smollm", "--storage", str(tmp_path), "--parallelism.workers", "1", *words]) == 0
+    adapter = Path(json.loads(capfd.readouterr().out.splitlines()[-1])["bundle"])
+    settings = Deploy(port=free_port(), max_replicas=1, threads_per_replica=2, adapters={"python": str(adapter)})
+    asked = [(("smollm", "smollm:python")[i % 2], each) for i, each in enumerate(CONVERSATIONS)]
+    found = greedy(deploy(written, "1", settings, "smollm"), asked)
+
+    plain, other = Reference(written), Reference(written)
+    other.model = peft.PeftModel.from_pretrained(other.model, adapter / "adapter").eval()
+    expected = [[each.text(each.chat(messages), 24) for each in (plain, other)] for messages in CONVERSATIONS]
+    assert found == [expected[i][i % 2] for i in range(len(asked))]
+    assert all(one != two for one, two in expected), "an adapter that changes nothing would show nothing"
