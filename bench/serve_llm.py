@@ -127,7 +127,9 @@ def engine_asker(engine: Engine, temperature: float = 0) -> Ask:
     async def ask(prompt: str) -> Answer:
         answer, started = Answer(), time.perf_counter()
         ids = engine.tokenizer(prompt)["input_ids"]
-        async for tokens in engine.generate(ids, Sampling(max_tokens=NEW_TOKENS, temperature=temperature)):
+        async for tokens in engine.generate(
+            ids, Sampling(max_tokens=NEW_TOKENS, temperature=temperature, ignore_end=True)
+        ):
             answer.seconds.append(time.perf_counter() - started)
             answer.tokens += len(tokens)
         return answer

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import one_hot
 
 from heliostat.models.weights import weight_files
 from heliostat.recipe import Refused
@@ -28,6 +27,8 @@ FOLDER = "adapter"
 """Where a bundle holds the adapter by itself."""
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 """How near a sum of weights must come to the merged ones: they may have been merged on another processor."""
+MAX_MIXES = 8
+"""Sets of adapters that shared a pass, of which copies side by side are kept."""
 IDLE = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 """What may differ between the configurations of one model."""
 
@@ -40,6 +41,10 @@ class Adapter:
     """alpha / rank"""
     transposed: bool
     """Whether the adapted modules hold their matrices as (K, N)."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.factors.values()))[0].device
 
     def to(self, like: Tensor) -> Adapter:
         """On its device, in its type."""
@@ -103,30 +108,50 @@ def _tensors(stack: ExitStack, bundle: Path) -> Iterator[tuple[str, Any]]:
 
 # -- a pass
 
-_pass: ContextVar[tuple[int, list[tuple[Adapter, Tensor]]] | None] = ContextVar("pass", default=None)
-"""Of the forward pass that this thread is about to make: its tokens, and each adapter with the places of its tokens."""
+
+@dataclass(frozen=True)
+class _Pass:
+    length: int
+    """Its tokens."""
+    adapters: tuple[Adapter, ...]
+    """That have any of them."""
+    member_TA: Tensor | None
+    """Whose each token is, of them; None where all are the only one's."""
+    masks: dict[tuple[int, ...], Tensor]
+
+    def mask_TR(self, owners: tuple[int, ...], like: Tensor) -> Tensor:
+        """1 where a token goes through a rank, by the adapters that own the ranks."""
+        assert self.member_TA is not None
+        if owners not in self.masks:
+            self.masks[owners] = self.member_TA[:, owners].to(like)
+        return self.masks[owners]
+
+
+_pass: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+"""The forward pass that this thread is about to make, where it has tokens of adapters."""
 
 
 def attach(model: Any, adapters: Sequence[Adapter]) -> None:
     """Have a model's passes go through adapters where `begin` says so; all else is as it was."""
     for module in sorted({module for adapter in adapters for module in adapter.factors}):
-        model.get_submodule(module).register_forward_hook(partial(_add, module))
+        model.get_submodule(module).register_forward_hook(_Hook(module))
 
 
 def begin(spans: Sequence[tuple[Adapter | None, int]]) -> None:
     """This thread's next passes have the tokens of these requests, one behind the other: each one's adapter, if it has
     one, and how many tokens."""
-    places: dict[Adapter, list[int]] = {}
-    first = 0
-    for adapter, length in spans:
-        if adapter is not None:
-            places.setdefault(adapter, []).extend(range(first, first + length))
-        first += length
-    _pass.set((first, [(adapter, _on_device(adapter, each)) for adapter, each in places.items()]) if places else None)
-
-
-def _on_device(adapter: Adapter, places: list[int]) -> Tensor:
-    return torch.tensor(places, device=next(iter(adapter.factors.values()))[0].device)
+    adapters = tuple(sorted({adapter for adapter, _ in spans if adapter is not None}, key=id))
+    if not adapters:
+        _pass.set(None)
+        return
+    member_TA = None
+    if len(adapters) > 1 or any(adapter is None for adapter, _ in spans):
+        device = next(iter(adapters[0].factors.values()))[0].device
+        places = [
+            len(adapters) if adapter is None else adapters.index(adapter) for adapter, n in spans for _ in range(n)
+        ]
+        member_TA = one_hot(torch.tensor(places, device=device), len(adapters) + 1)[:, :-1]
+    _pass.set(_Pass(sum(length for _, length in spans), adapters, member_TA, {}))
 
 
 @contextmanager
@@ -140,14 +165,40 @@ def through(adapter: Adapter | None, length: int) -> Iterator[None]:
         _pass.set(before)
 
 
-def _add(module: str, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """In place."""
-    if (found := _pass.get()) is None:
-        return
-    length, parts = found
-    x_TK, y_TN = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
-    assert len(x_TK) == length, f"{module} was given {len(x_TK)} tokens of {length}"
-    for adapter, places in parts:
-        if module in adapter.factors:
-            a_RK, b_NR = adapter.factors[module]
-            y_TN.index_add_(0, places, linear(linear(x_TK[places], a_RK), b_NR) * adapter.scale)
+class _Hook:
+    """Adds to a module's output what adapters make of its input. Those of a pass are side by side in one pair of
+    factors, so that they take two products together: for a token, launching one is most of what it costs."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.beside: dict[tuple[Adapter, ...], tuple[Tensor, Tensor, tuple[int, ...]] | None] = {}
+
+    def __call__(self, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """In place."""
+        if (found := _pass.get()) is None:
+            return
+        x_TK, y_TN = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
+        assert len(x_TK) == found.length, f"{self.module} was given {len(x_TK)} tokens of {found.length}"
+        if found.adapters not in self.beside:
+            if len(self.beside) == MAX_MIXES:
+                del self.beside[next(iter(self.beside))]
+            self.beside[found.adapters] = self._side_by_side(found.adapters)
+        factors = self.beside[found.adapters]
+        if factors is None:
+            return
+        a_KR, b_RN, owners = factors
+        inner_TR = x_TK @ a_KR
+        if found.member_TA is not None:
+            inner_TR *= found.mask_TR(owners, inner_TR)
+        y_TN.addmm_(inner_TR, b_RN)
+
+    def _side_by_side(self, adapters: tuple[Adapter, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+        """A (K, R) and scaled B (R, N), and whose each of the R is. None where no adapter has the module."""
+        pairs = {
+            i: adapter.factors[self.module] for i, adapter in enumerate(adapters) if self.module in adapter.factors
+        }
+        if not pairs:
+            return None
+        a_RK = torch.cat([a for a, _ in pairs.values()])
+        b_NR = torch.cat([b * adapters[i].scale for i, (_, b) in pairs.items()], dim=1)
+        return a_RK.T, b_NR.T.contiguous(), tuple(i for i, (a, _) in pairs.items() for _ in range(len(a)))
