@@ -48,6 +48,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench.serve_overhead
 	$(BIN)/python -m bench.serve_int8
 	$(BIN)/python -m bench.serve_llm
+	$(BIN)/python -m bench.serve_adapters
 
 # Prometheus beside the cluster that runs on this machine, until Ctrl-C.
 monitor: $(VENV)/ready

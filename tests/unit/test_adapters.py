@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from heliostat.generate import Sampling, Token
 from heliostat.generate.embedded import PAGE_TOKENS, EmbeddedEngine
-from heliostat.models.adapters import FOLDER, check_base, read_adapter
+from heliostat.models.adapters import FOLDER, Adapter, attach, begin, check_base, read_adapter
 from heliostat.recipe import Refused
 from tests.generation import GREEDY, answer, generated, model_of, prompts, tiny_tokenizer
 
@@ -82,6 +83,37 @@ def test_answers_of_all_at_once_are_those_of_each_alone(family: str, tokenizer: 
         assert found == pytest.approx(wanted, abs=1e-4), name
     assert {name: [[token.id for token in one] for one in drawn] for name, drawn in together.items()} == expected
     assert expected[""] != expected[RED] != expected[BLUE] != expected[""]
+
+
+def test_tokens_of_any_adapters_in_one_pass() -> None:
+    """Against each token's own sum of weights, for all sets of adapters. Their ranks, scales and modules differ."""
+    torch.manual_seed(0)
+    sizes = {"0": (5, 7), "1": (7, 6)}
+    model = torch.nn.Sequential(*(torch.nn.Linear(k, n, bias=False) for k, n in sizes.values())).double()
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in sizes}
+
+    def factors(rank: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rank, k).double(), torch.randn(n, rank).double()
+
+    adapters = [
+        Adapter({name: factors(rank, *sizes[name]) for name in names}, 0.3 * rank, transposed=False)
+        for rank, names in enumerate(["01", "1", "0", "01"], start=1)
+    ]
+    attach(model, adapters)
+    sets = [each for size in range(5) for each in itertools.permutations([None, *adapters], size + 1)]
+    for chosen in sets:
+        spans = [(adapter, 1 + i) for i, adapter in enumerate(chosen)]
+        x_TK = torch.randn(sum(length for _, length in spans), 5).double()
+        begin(spans)
+        with torch.inference_mode():
+            found = model(x_TK)
+        begin([])
+        expected = []
+        for (adapter, _), x in zip(spans, x_TK.split([length for _, length in spans]), strict=True):
+            for name, weight in weights.items():
+                x = x @ (weight + adapter.delta(name) if adapter and name in adapter.factors else weight).T
+            expected.append(x)
+        torch.testing.assert_close(found, torch.cat(expected))
 
 
 def test_a_model_that_was_given_adapters_is_itself_elsewhere(tokenizer: Any, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class EmbeddedEngine:
         self.vocab_size = config.vocab_size
         self._grammars = Grammars(tokenizer, config.vocab_size, self.end_ids)
         self._adapter: Adapter | None = None
-        self._adapters = {name: adapter.to(next(model.parameters())) for name, adapter in (adapters or {}).items()}
+        self._adapters = dict(adapters or {})
         attach(model, [*self._adapters.values()])
         # A model of its own around the same weights: for the time of a step, the manager changes what attention is, and
         # whoever uses the model meanwhile would get that, too.

@@ -5,11 +5,12 @@ Shapes: T tokens of a pass, K inputs and N outputs of a module, R rank.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from heliostat.models.weights import weight_files
 from heliostat.recipe import Refused
@@ -27,8 +27,6 @@ FOLDER = "adapter"
 """Where a bundle holds the adapter by itself."""
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 """How near a sum of weights must come to the merged ones: they may have been merged on another processor."""
-MAX_MIXES = 8
-"""Sets of adapters that shared a pass, of which copies side by side are kept."""
 IDLE = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 """What may differ between the configurations of one model."""
 
@@ -42,13 +40,8 @@ class Adapter:
     transposed: bool
     """Whether the adapted modules hold their matrices as (K, N)."""
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.factors.values()))[0].device
-
-    def to(self, like: Tensor) -> Adapter:
-        """On its device, in its type."""
-        return replace(self, factors={name: (a.to(like), b.to(like)) for name, (a, b) in self.factors.items()})
+    number: int = field(default_factory=itertools.count().__next__)
+    """No other's."""
 
     def delta(self, module: str) -> Tensor:
         """What it adds to a module's weight."""
@@ -109,22 +102,14 @@ def _tensors(stack: ExitStack, bundle: Path) -> Iterator[tuple[str, Any]]:
 # -- a pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pass:
+    adapters: frozenset[Adapter]
+    """That have tokens of it."""
     length: int
-    """Its tokens."""
-    adapters: tuple[Adapter, ...]
-    """That have any of them."""
-    member_TA: Tensor | None
-    """Whose each token is, of them; None where all are the only one's."""
-    masks: dict[tuple[int, ...], Tensor]
-
-    def mask_TR(self, owners: tuple[int, ...], like: Tensor) -> Tensor:
-        """1 where a token goes through a rank, by the adapters that own the ranks."""
-        assert self.member_TA is not None
-        if owners not in self.masks:
-            self.masks[owners] = self.member_TA[:, owners].to(like)
-        return self.masks[owners]
+    """All its tokens."""
+    owner_T: Tensor | None
+    """The number of each one's adapter, -1 where it has none; None where all are the only one's."""
 
 
 _pass: ContextVar[_Pass | None] = ContextVar("pass", default=None)
@@ -133,25 +118,25 @@ _pass: ContextVar[_Pass | None] = ContextVar("pass", default=None)
 
 def attach(model: Any, adapters: Sequence[Adapter]) -> None:
     """Have a model's passes go through adapters where `begin` says so; all else is as it was."""
-    for module in sorted({module for adapter in adapters for module in adapter.factors}):
-        model.get_submodule(module).register_forward_hook(_Hook(module))
+    for name in sorted({name for adapter in adapters for name in adapter.factors}):
+        module = model.get_submodule(name)
+        having = [adapter for adapter in adapters if name in adapter.factors]
+        module.register_forward_hook(_SideBySide(name, having, module.weight))
 
 
 def begin(spans: Sequence[tuple[Adapter | None, int]]) -> None:
     """This thread's next passes have the tokens of these requests, one behind the other: each one's adapter, if it has
     one, and how many tokens."""
-    adapters = tuple(sorted({adapter for adapter, _ in spans if adapter is not None}, key=id))
+    owners = {adapter for adapter, _ in spans}
+    adapters = frozenset(adapter for adapter in owners if adapter is not None)
     if not adapters:
         _pass.set(None)
         return
-    member_TA = None
-    if len(adapters) > 1 or any(adapter is None for adapter, _ in spans):
-        device = next(iter(adapters[0].factors.values()))[0].device
-        places = [
-            len(adapters) if adapter is None else adapters.index(adapter) for adapter, n in spans for _ in range(n)
-        ]
-        member_TA = one_hot(torch.tensor(places, device=device), len(adapters) + 1)[:, :-1]
-    _pass.set(_Pass(sum(length for _, length in spans), adapters, member_TA, {}))
+    owner_T = None
+    if len(owners) > 1:
+        numbers = torch.tensor([-1 if adapter is None else adapter.number for adapter, _ in spans])
+        owner_T = numbers.repeat_interleave(torch.tensor([length for _, length in spans]))
+    _pass.set(_Pass(adapters, sum(length for _, length in spans), owner_T))
 
 
 @contextmanager
@@ -165,13 +150,27 @@ def through(adapter: Adapter | None, length: int) -> Iterator[None]:
         _pass.set(before)
 
 
-class _Hook:
-    """Adds to a module's output what adapters make of its input. Those of a pass are side by side in one pair of
-    factors, so that they take two products together: for a token, launching one is most of what it costs."""
+class _SideBySide:
+    """Adds to a module's output what adapters make of its input. Their factors lie one behind the other, so that those
+    of a pass take two products together: for a token, launching one is most of what it costs. What lies between two of
+    a pass is computed, too, and multiplied by 0."""
 
-    def __init__(self, module: str) -> None:
-        self.module = module
-        self.beside: dict[tuple[Adapter, ...], tuple[Tensor, Tensor, tuple[int, ...]] | None] = {}
+    def __init__(self, module: str, adapters: Sequence[Adapter], like: Tensor) -> None:
+        """On a tensor's device and in its type."""
+        self.module, self.ranges = module, dict[Adapter, tuple[int, int]]()
+        numbers, end = list[int](), 0
+        for adapter in adapters:
+            rank = len(adapter.factors[module][0])
+            self.ranges[adapter] = (end, end + rank)
+            numbers += [adapter.number] * rank
+            end += rank
+        self.owner_R = torch.tensor(numbers, device=like.device)
+        self.a_RK = torch.cat([each.factors[module][0] for each in adapters]).to(like)
+        self.b_RN = torch.cat([each.factors[module][1].T * each.scale for each in adapters]).to(like)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SideBySide:
+        """A copy of the model has the same."""
+        return self
 
     def __call__(self, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """In place."""
@@ -179,26 +178,11 @@ class _Hook:
             return
         x_TK, y_TN = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
         assert len(x_TK) == found.length, f"{self.module} was given {len(x_TK)} tokens of {found.length}"
-        if found.adapters not in self.beside:
-            if len(self.beside) == MAX_MIXES:
-                del self.beside[next(iter(self.beside))]
-            self.beside[found.adapters] = self._side_by_side(found.adapters)
-        factors = self.beside[found.adapters]
-        if factors is None:
+        if not (ranges := [self.ranges[adapter] for adapter in found.adapters if adapter in self.ranges]):
             return
-        a_KR, b_RN, owners = factors
-        inner_TR = x_TK @ a_KR
-        if found.member_TA is not None:
-            inner_TR *= found.mask_TR(owners, inner_TR)
-        y_TN.addmm_(inner_TR, b_RN)
-
-    def _side_by_side(self, adapters: tuple[Adapter, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
-        """A (K, R) and scaled B (R, N), and whose each of the R is. None where no adapter has the module."""
-        pairs = {
-            i: adapter.factors[self.module] for i, adapter in enumerate(adapters) if self.module in adapter.factors
-        }
-        if not pairs:
-            return None
-        a_RK = torch.cat([a for a, _ in pairs.values()])
-        b_NR = torch.cat([b * adapters[i].scale for i, (_, b) in pairs.items()], dim=1)
-        return a_RK.T, b_NR.T.contiguous(), tuple(i for i, (a, _) in pairs.items() for _ in range(len(a)))
+        first, end = min(ranges)[0], max(ranges)[1]
+        inner_TR = x_TK @ self.a_RK[first:end].T
+        if found.owner_T is not None:
+            found.owner_T = found.owner_T.to(inner_TR.device)  # for all modules
+            inner_TR *= found.owner_T[:, None] == self.owner_R[first:end]
+        y_TN.addmm_(inner_TR, self.b_RN[first:end])
