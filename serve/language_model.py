@@ -25,7 +25,7 @@ from heliostat import installed
 from heliostat.generate import Engine, vllm
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models import bundle as bundles
-from heliostat.models.adapters import Adapter, check_base, read_adapter
+from heliostat.models.adapters import FOLDER, Adapter, check_base, read_adapter
 from heliostat.predictor import Predictor
 from heliostat.recipe import Deploy, Refused
 from serve.application import (
@@ -80,7 +80,9 @@ class Loaded:
         self.predictor = answering(Path(config["bundle"]), settings.model_copy(update=alone.get(settings.engine)))
         self.defaults = sampling_defaults(self.predictor.model, settings.sampling)
         self.version, self.ongoing, self.retired = config["version"], 0, False
-        found = {each: bundles.read(Path(path)) for each, (path, _) in config["adapters"].items()}
+        found = {each: bundles.read(Path(path), verify_files=False) for each, (path, _) in config["adapters"].items()}
+        for bundle in found.values():
+            bundles.verify(bundle, FOLDER)  # what else is in it, the merged weights first of all, is not read
         adapters = {each: read_adapter(bundle.path, f"deploy.adapters.{each}") for each, bundle in found.items()}
         self.engine = _engine(self.predictor, settings, adapters)
         self.models = {name: Served(self.engine, self.digest)}

@@ -35,22 +35,25 @@ def read(path: Path) -> dict[str, Any]:
     return card
 
 
-def verify(path: Path, card: dict[str, Any]) -> None:
-    """Raise Refused naming the first file that is missing, changed or not listed, or that may be a pickle."""
-    for name in card["files"]:
+def verify(path: Path, card: dict[str, Any], folder: str = "") -> None:
+    """Raise Refused naming the first file that is missing, changed or not listed, or that may be a pickle. `folder`: of
+    the bundle, where no other files are looked at."""
+    listed = card["files"].items()
+    files = {name: digest for name, digest in listed if not folder or Path(name).is_relative_to(folder)}
+    for name in files:
         if Path(name).suffix in PICKLES:
             raise Refused("bundle", f"{path}: {name} may be a pickle", "keep weights in safetensors")
-    found = digests(path)
-    for name, digest in card["files"].items():
+    found = digests(path, folder)
+    for name, digest in files.items():
         if name not in found:
             raise Refused("bundle", f"{path}: {name} is missing", "restore it, or train again")
         if found[name] != digest:
             raise Refused(
                 "bundle", f"{path}: {name} was changed after the bundle was written", "restore it, or train again"
             )
-    if extra := set(found) - set(card["files"]):
+    if extra := set(found) - set(files):
         raise Refused("bundle", f"{path}: {min(extra)} is not part of the bundle", "remove it")
-    for name in _shards(path):
+    for name in _shards(path / folder):
         if name not in card["files"] or not name.endswith(".safetensors"):
             raise Refused("bundle", f"{path}: {INDEX} names {name}, which is none of its weights", "restore it")
 
@@ -65,10 +68,10 @@ def _shards(path: Path) -> set[str]:
         raise Refused("bundle", f"{path}: {INDEX} is no index of weights", "restore it") from error
 
 
-def digests(path: Path) -> dict[str, str]:
-    """SHA-256 of every file but the card, by relative name."""
+def digests(path: Path, folder: str = "") -> dict[str, str]:
+    """SHA-256 of every file but the card, by relative name. `folder`: of those that are in it."""
     found = {}
-    for file in sorted(path.rglob("*")):
+    for file in sorted((path / folder).rglob("*")):
         if file.is_file() and file != path / CARD:
             with file.open("rb") as stream:
                 found[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from serve.openai.protocol import MAX_CHOICES, Generation, Problem, as_problem
 
 TOLD = ("text", "delta", "logprobs", "finish_reason")
 """A streamed part in which all of these are empty is not sent."""
-DRAWN_BY = ("temperature", "top_p", "top_k")
+DRAWN_BY = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a request may leave to the defaults of its server, beside the length of its answer."""
 
 
@@ -235,9 +235,11 @@ class Answer:
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             top_k=max(0, request.top_k or 0),
+            min_p=request.min_p or 0.0,
             seed=request.seed,
             frequency_penalty=request.frequency_penalty or 0.0,
             presence_penalty=request.presence_penalty or 0.0,
+            repetition_penalty=request.repetition_penalty or 1.0,
             logit_bias=bias,
             logprobs=logprobs,
             grammar=grammar,

@@ -65,6 +65,10 @@ class Generation(Asked):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """An extension: draw from so many of the likeliest tokens; 0 or -1: from all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """An extension: draw from tokens that are at least so much of the likeliest's probability."""
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    """An extension: divides the logits of tokens of the prompt and the answer so far."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from heliostat.generate.drawing import json_grammar
 from heliostat.generate.vllm import VllmEngine
 from heliostat.recipe import Refused
 from tests.bundles import Reference, chat_bundle
-from tests.generation import GREEDY, SCHEMA, answer, check_logprobs, prompts
+from tests.generation import GREEDY, SCHEMA, answer, check_logprobs, generated, prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the environment may have to be built
 
@@ -104,6 +105,20 @@ def test_what_bends_logits_does_so_as_in_the_closed_form(
             logits_V[token] -= sampling.frequency_penalty * drawn.count(token) + sampling.presence_penalty
         drawn.append(int(logits_V.argmax()))
     assert asyncio.run(answers(engine, [prompt], sampling)) == [drawn]
+
+
+def test_repetition_is_penalised_as_generate_does(engine: VllmEngine, reference: Reference) -> None:
+    sampling = replace(GREEDY, repetition_penalty=1.3)
+    expected = generated(reference.model, [5, 6, 7, 5], sampling.max_tokens, repetition_penalty=1.3)
+    assert asyncio.run(answers(engine, [[5, 6, 7, 5]], sampling)) == [expected]
+
+
+def test_draws_leave_out_what_is_unlikely(engine: VllmEngine, reference: Reference) -> None:
+    """`min_p`: whatever is drawn at this temperature is at least so much of the likeliest's probability."""
+    samplings = [Sampling(1, temperature=2, min_p=0.5, seed=seed) for seed in range(40)]
+    probs_V = (reference.logprobs([5, 6, 7])[-1] / 2).softmax(-1)
+    kept = set((probs_V >= 0.5 * probs_V.max()).nonzero().flatten().tolist())
+    assert {tokens[0] for tokens in asyncio.run(answers(engine, [[5, 6, 7]], *samplings))} == kept
 
 
 def test_an_answer_ends_at_its_end_and_may_go_on_behind_it(engine: VllmEngine) -> None:

@@ -7,6 +7,7 @@ import copy
 import json
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_a_request_that_does_not_say_is_drawn_as_the_recipe_and_else_the_bundle_
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     saved = copy.deepcopy(model)
-    saved.generation_config.update(do_sample=True, temperature=0.5, top_k=9, max_new_tokens=40)
+    saved.generation_config.update(do_sample=True, temperature=0.5, top_k=9, repetition_penalty=1.2, max_new_tokens=40)
     saved.save_pretrained(tmp_path)
     bundle = type(model).from_pretrained(tmp_path)
 
@@ -161,8 +162,13 @@ def test_a_request_that_does_not_say_is_drawn_as_the_recipe_and_else_the_bundle_
         assert one == other
         return one
 
-    assert asked(SamplingDefaults()) == Sampling(40, temperature=0.5, top_k=9)
-    assert asked(SamplingDefaults(temperature=0, top_p=0.9)) == Sampling(40, temperature=0, top_p=0.9, top_k=9)
-    assert asked(SamplingDefaults(temperature=0), temperature=1, max_tokens=50) == Sampling(50, temperature=1, top_k=9)
+    theirs = Sampling(40, temperature=0.5, top_k=9, repetition_penalty=1.2)
+    own = SamplingDefaults(temperature=0)
+    assert asked(SamplingDefaults()) == theirs
+    assert asked(own.model_copy(update={"top_p": 0.9})) == replace(theirs, temperature=0, top_p=0.9)
+    assert asked(own, temperature=1, max_tokens=50) == replace(theirs, temperature=1, max_tokens=50)
+    assert asked(own, min_p=0.2, repetition_penalty=1) == replace(
+        theirs, temperature=0, min_p=0.2, repetition_penalty=1
+    )
     chat, text = asyncio.run(ask(SamplingDefaults(max_tokens=10**6)))
     assert 2000 < chat.max_tokens < text.max_tokens < 2048  # what the context holds behind the prompt

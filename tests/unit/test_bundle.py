@@ -120,6 +120,25 @@ def test_an_extra_file_is_named(name: str, one: Path) -> None:
         bundle.read(one)
 
 
+def test_a_folder_of_it_can_be_verified_alone(one: Path) -> None:
+    (one / "adapter").mkdir()
+    for name in ("kept", "lost"):
+        (one / "adapter" / name).write_text(name)
+    found = listed(one)
+    (one / "model.safetensors").write_bytes(b"")
+    bundle.verify(found, "adapter")
+    (one / "adapter" / "more").touch()
+    with pytest.raises(Refused, match="adapter/more is not part"):
+        bundle.verify(found, "adapter")
+    (one / "adapter" / "kept").write_text("changed")
+    (one / "adapter" / "lost").unlink()
+    with pytest.raises(Refused, match="adapter/kept was changed"):
+        bundle.verify(found, "adapter")
+    (one / "adapter" / "kept").write_text("kept")
+    with pytest.raises(Refused, match="adapter/lost is missing"):
+        bundle.verify(found, "adapter")
+
+
 def alter(path: Path, **fields: Any) -> None:
     (path / "card.json").write_text(json.dumps(json.loads((path / "card.json").read_text()) | fields))
 

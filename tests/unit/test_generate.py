@@ -124,6 +124,10 @@ DRAWN = pytest.mark.parametrize(
         ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
         ({"top_p": 0.39}, [1, 0, 0, 0]),
         ({"top_p": 0.0}, [1, 0, 0, 0]),
+        ({"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"min_p": 0.3, "temperature": 0.5}, [16 / 25, 9 / 25, 0, 0]),
+        ({"min_p": 1.0}, [1, 0, 0, 0]),
+        ({"min_p": 0.4, "top_p": 0.95, "top_k": 3}, [4 / 9, 3 / 9, 2 / 9, 0]),
         ({"top_k": 3, "top_p": 0.8, "temperature": 0.5}, [16 / 25, 9 / 25, 0, 0]),
         ({"logit_bias": {3: 1.3862943611198906}}, [0.4 / 1.3, 0.3 / 1.3, 0.2 / 1.3, 0.4 / 1.3]),  # times four
     ],
@@ -152,6 +156,7 @@ def test_requests_of_a_step_are_drawn_each_by_itself() -> None:
         {},
         {"logit_bias": {5: 9.0}},
         {"temperature": 0, "presence_penalty": 1.0, "logprobs": 2},
+        {"repetition_penalty": 1.5, "min_p": 0.1},
     ]
     logits_RV = torch.randn(len(settings), 64, generator=torch.Generator().manual_seed(0))
     asked = [Sampling(max_tokens=9, seed=7, **fields) for fields in settings]
@@ -167,6 +172,21 @@ def test_penalties_count_what_was_drawn() -> None:
     request = Draw(sampling, None)
     # The first token's score falls 1 → 0.25 → -0.25 → -0.75, the others' 0.4 → -0.35 and 0.3 → -0.45.
     assert [int(draw([request], torch.tensor([[1.0, 0.4, 0.3]]))) for _ in range(6)] == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_is_penalised_as_generate_does(tokenizer: Any, penalty: float) -> None:
+    model = model_of("llama", tokenizer)
+    prompt = prompts(1, 30, len(tokenizer))[0]
+    sampling = replace(GREEDY, repetition_penalty=penalty)
+
+    async def ask() -> list[Token]:
+        async with running(model, tokenizer) as engine:
+            return await answer(engine, prompt, sampling)
+
+    found = [token.id for token in asyncio.run(ask())]
+    assert found == generated(model, prompt, GREEDY.max_tokens, repetition_penalty=penalty)
+    assert found != generated(model, prompt, GREEDY.max_tokens)
 
 
 def test_seeds_repeat_and_differ(tokenizer: Any) -> None:

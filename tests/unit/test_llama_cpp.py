@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,14 @@ def test_a_grammar_is_followed_by_a_model_that_knows_none(model: Any, tokenizer:
     for tokens in asyncio.run(ask()):
         text = tokenizer.decode(ids(tokens), skip_special_tokens=True)
         jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_repetition_is_penalised_as_generate_does(model: Any, tokenizer: Any) -> None:
+    async def ask() -> list[Token]:
+        async with running(model, tokenizer) as engine:
+            return await answer(engine, [5, 6, 7], replace(GREEDY, repetition_penalty=1.3))
+
+    assert ids(asyncio.run(ask())) == generated(model, [5, 6, 7], GREEDY.max_tokens, repetition_penalty=1.3)
 
 
 def test_penalties_count_what_was_drawn(model: Any, tokenizer: Any) -> None:

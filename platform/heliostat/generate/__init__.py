@@ -20,11 +20,16 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
+    min_p: float = 0.0
+    """Tokens are left out that are less likely than so much of the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
     seed: int | None = None
     """The same seed draws the same tokens from the same logits."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time it was drawn before; `presence_penalty` once."""
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """What the logit of a token of the prompt, or that was drawn before, is divided by; multiplied, where it is below 0
+    (Keskar et al. 2019, arXiv:1909.05858)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside the drawn one, with log-probabilities; None: nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import llguidance
@@ -68,11 +69,16 @@ class Draw:
     the request's state keep it: it has no copies."""
 
     def __init__(
-        self, sampling: Sampling, matcher: llguidance.LLMatcher | None, adapter: Adapter | None = None
+        self,
+        sampling: Sampling,
+        matcher: llguidance.LLMatcher | None = None,
+        prompt: Sequence[int] = (),
+        adapter: Adapter | None = None,
     ) -> None:
         """`adapter`: what the request's tokens go through."""
         self.sampling, self.matcher, self.adapter = sampling, matcher, adapter
         self.reports: list[Token] = []
+        self._repeated = set(prompt) if sampling.repetition_penalty != 1 else None
         self._drawn: Counter[int] = Counter()
         self._generator = torch.Generator()
         if sampling.seed is None:
@@ -80,11 +86,12 @@ class Draw:
         else:
             self._generator.manual_seed(sampling.seed % 2**64)
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
-        self.bends = self._penalised or bool(sampling.logit_bias) or matcher is not None
+        remembers = self._penalised or self._repeated is not None or matcher is not None
+        self.bends = remembers or bool(sampling.logit_bias)
         """Whether it changes logits."""
-        self.notes = self._penalised or matcher is not None or sampling.logprobs is not None
+        self.notes = remembers or sampling.logprobs is not None
         """Whether it has to know what was drawn."""
-        self.cuts = sampling.top_k > 0 or sampling.top_p < 1
+        self.cuts = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         """Whether only the likeliest tokens can be drawn."""
         self.plain = sampling.temperature == 0 and not self.bends and not self.notes
 
@@ -98,6 +105,11 @@ class Draw:
     def bend(self, scores_V: Tensor) -> None:
         """In place."""
         sampling = self.sampling
+        if self._repeated:
+            tokens = list(self._repeated)
+            found = scores_V[tokens]
+            penalty = sampling.repetition_penalty
+            scores_V[tokens] = torch.where(found > 0, found / penalty, found * penalty)
         if sampling.logit_bias:
             scores_V[list(sampling.logit_bias)] += scores_V.new_tensor(list(sampling.logit_bias.values()))
         if self._penalised and self._drawn:
@@ -116,6 +128,8 @@ class Draw:
         if self.sampling.logprobs is not None:
             self.reports.append(report(logits_V.log_softmax(-1), token, self.sampling.logprobs))
         self._drawn[token] += 1
+        if self._repeated is not None:
+            self._repeated.add(token)
         if self.matcher is not None:
             self.matcher.consume_token(token)
 
@@ -160,7 +174,9 @@ def _sampled(draws: list[Draw], scores_RV: Tensor) -> Tensor:
         probs_RV = scores_RV.masked_fill(beyond_RV, -torch.inf).softmax(-1)
         # The smallest set whose probability reaches top_p: a token belongs to it where those before it do not.
         before_RV = probs_RV.cumsum(-1) - probs_RV
-        kept_RV = (before_RV < column([each.top_p for each in asked])) | (places_V == 0)
+        kept_RV = before_RV < column([each.top_p for each in asked])
+        kept_RV &= probs_RV >= column([each.min_p for each in asked]) * probs_RV[:, :1]
+        kept_RV |= places_V == 0
         probs_RV = probs_RV * kept_RV
     else:
         probs_RV = scores_RV.softmax(-1)

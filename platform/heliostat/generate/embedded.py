@@ -103,7 +103,7 @@ class EmbeddedEngine:
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[Token], None]:
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
-        draw = Draw(sampling, matcher, self._adapter)
+        draw = Draw(sampling, matcher, prompt, self._adapter)
         name, outputs, sent = uuid.uuid4().hex, asyncio.Queue[Any](), 0
         manager, finished = self._manager, False
         manager.register_result_handler(name, outputs.put_nowait)

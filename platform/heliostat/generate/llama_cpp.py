@@ -177,7 +177,7 @@ class LlamaCppEngine:
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[Token], None]:
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
         ends = frozenset[int]() if sampling.ignore_end else self.end_ids
-        request = Request(list(prompt), len(prompt) + sampling.max_tokens, ends, Draw(sampling, matcher))
+        request = Request(list(prompt), len(prompt) + sampling.max_tokens, ends, Draw(sampling, matcher, prompt))
         async with contextlib.aclosing(self._told(request)) as told:
             async for tokens in told:
                 yield tokens

@@ -229,6 +229,8 @@ def _wanted(sampling: Sampling, ends: frozenset[int]) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
         "ignore_eos": True,  # where an answer ends is said by the ids

@@ -123,9 +123,9 @@ def read(path: Path, verify_files: bool = True) -> Bundle:
     return bundle
 
 
-def verify(bundle: Bundle) -> None:
-    """Raise Refused naming the first file that is missing, changed or not listed."""
-    cards.verify(bundle.path, bundle.card)
+def verify(bundle: Bundle, folder: str = "") -> None:
+    """Raise Refused naming the first file that is missing, changed or not listed: of the whole, or in its `folder`."""
+    cards.verify(bundle.path, bundle.card, folder)
 
 
 def add_metrics(bundle: Bundle, metrics: dict[str, Any]) -> Bundle:

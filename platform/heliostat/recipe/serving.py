@@ -36,6 +36,10 @@ class SamplingDefaults(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Count | None = None
     """0: from all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0: from all tokens."""
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    """1: none."""
     max_tokens: PositiveInt | None = None
     """Of an answer, where the context has room for them."""
 
