@@ -337,26 +337,27 @@ def test_other_refusals(url: str) -> None:
     assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
 
 
-def ongoing(url: str) -> int:
-    return httpx.get(f"{url}/healthz", timeout=30).json()["ongoing"]
+def ongoing(client: httpx.Client, url: str) -> int:
+    return client.get(f"{url}/healthz", timeout=30).json()["ongoing"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_goes_away_is_not_worked_for(url: str, stream: bool) -> None:
-    body = {"model": NAME, "prompt": "sun", "max_tokens": 1000, "ignore_eos": True, "stream": stream, "n": 4}
+    body = {"model": NAME, "prompt": "sun", "max_tokens": 1000, "ignore_eos": True, "stream": stream, "n": 8}
     with httpx.Client(timeout=None if stream else 0.5) as client:
+        assert ongoing(client, url) == 0
         if stream:
             with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()  # kept: an iterator that is let go of closes the connection
                 assert "error" not in next(lines)
-                assert ongoing(url) == 1
+                assert ongoing(client, url) == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{url}/v1/completions", json=body)
-    limit = time.monotonic() + 10
-    while ongoing(url) and time.monotonic() < limit:
-        time.sleep(0.1)
-    assert ongoing(url) == 0
+        limit = time.monotonic() + 10
+        while ongoing(client, url) and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert ongoing(client, url) == 0
 
 
 def test_predict_as_every_deployment(url: str, reference: Reference) -> None:
@@ -423,7 +424,7 @@ def test_another_bundle_while_answers_are_on_their_way(
     after = client.completions.create(model=NAME, prompt="sun", max_tokens=20, temperature=0)
     assert after.system_fingerprint == references[1].bundle.digest[:12]
     assert after.choices[0].text == references[1].text("sun", 20) != references[0].text("sun", 20)
-    assert ongoing(url) == 0
+    assert httpx.get(f"{url}/healthz", timeout=30).json()["ongoing"] == 0
 
 
 def test_the_yaml_is_one_that_serve_takes() -> None:
