@@ -8,7 +8,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -25,7 +25,7 @@ class Seen:
     broken_off: int = 0
 
     def tell(self) -> None:
-        print(json.dumps(asdict(self)), flush=True)
+        print(json.dumps(vars(self)), flush=True)
 
 
 async def ask(host: str, until: Path, seen: Seen) -> None:
