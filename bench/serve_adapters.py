@@ -23,15 +23,14 @@ import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import peft
 import torch
 import transformers
 
-from bench.serve_llm import NEW_TOKENS, THREADS, Ask, engine_asker, load, prompts
+from bench.serve_llm import THREADS, Ask, engine_asker, generated, load, prompts
 from heliostat.generate.embedded import EmbeddedEngine
 from heliostat.models.adapters import Adapter
 from heliostat.models.lora import target_modules
@@ -59,18 +58,6 @@ def with_peft(model: Any) -> Any:
     return found.eval()
 
 
-@torch.inference_mode()
-def generated(model: Any, tokenizer: Any, texts: list[str], **options: Any) -> float:
-    """Tokens a second."""
-    given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    started = time.perf_counter()
-    found = model.generate(
-        **given, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0, **options
-    )
-    assert found.shape[1] == given["input_ids"].shape[1] + NEW_TOKENS
-    return len(texts) * NEW_TOKENS / (time.perf_counter() - started)
-
-
 def in_turn(engines: list[EmbeddedEngine]) -> Ask:
     asks = itertools.cycle([engine_asker(each) for each in engines])
     return lambda prompt: next(asks)(prompt)
@@ -94,19 +81,20 @@ async def measure(rounds: int, requests: list[int], each: int) -> AsyncIterator[
     try:
         for at_once in requests:
             names = list(itertools.islice(itertools.cycle([*NAMES, "__base__"]), at_once))
-            batches: dict[str, Callable[[list[str]], float]] = {
-                "generate": lambda texts: generated(own, tokenizer, texts),
-                "peft": lambda texts, names=names: generated(mixed, tokenizer, texts, adapter_names=names),  # type: ignore[misc]
+            batches: dict[str, tuple[Any, dict[str, Any]]] = {
+                "generate": (own, {}),
+                "peft": (mixed, {"adapter_names": names}),
             }
             found: dict[str, list[float]] = {name: [] for name in [*asks, *batches]}
             for round_ in range(rounds + 1):
                 seed = 1000 * at_once + round_
-                measured = {name: (await load(ask, at_once, each, seed))["tokens_per_s"] for name, ask in asks.items()}
-                for name, batch in batches.items():
-                    measured[name] = await asyncio.to_thread(batch, prompts(at_once, seed))
+                measured = {name: await load(ask, at_once, each, seed) for name, ask in asks.items()}
+                for name, (model, options) in batches.items():
+                    texts = prompts(at_once, seed)
+                    measured[name] = await asyncio.to_thread(generated, model, tokenizer, texts, **options)
                 if round_:  # the first warms up
-                    for name, figure in measured.items():
-                        found[name].append(figure)
+                    for name, figures in measured.items():
+                        found[name].append(figures["tokens_per_s"])
             yield summary(at_once, found)
     finally:
         none.close()

@@ -160,16 +160,15 @@ async def load(ask: Ask, at_once: int, each: int, seed: int = 0) -> dict[str, fl
 
 
 @torch.inference_mode()
-def generated(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
-    """All at once, padded at the left."""
+def generated(model: Any, tokenizer: Any, texts: list[str], **options: Any) -> dict[str, float]:
+    """All at once, padded at the left. `options`: more of `generate`'s."""
     ids = [tokenizer(text)["input_ids"] for text in texts]
     longest = max(map(len, ids))
     started = time.perf_counter()
     input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=model.device)
-    out = model.generate(
-        input_ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None
-    )
+    options |= {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "eos_token_id": None}
+    out = model.generate(input_ids, attention_mask=mask, **options)
     assert out.shape[1] == longest + NEW_TOKENS
     return {"tokens_per_s": len(texts) * NEW_TOKENS / (time.perf_counter() - started)}
 

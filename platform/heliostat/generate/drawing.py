@@ -78,7 +78,6 @@ class Draw:
         """`adapter`: what the request's tokens go through."""
         self.sampling, self.matcher, self.adapter = sampling, matcher, adapter
         self.reports: list[Token] = []
-        self._repeated = set(prompt) if sampling.repetition_penalty != 1 else None
         self._drawn: Counter[int] = Counter()
         self._generator = torch.Generator()
         if sampling.seed is None:
@@ -86,7 +85,9 @@ class Draw:
         else:
             self._generator.manual_seed(sampling.seed % 2**64)
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
-        remembers = self._penalised or self._repeated is not None or matcher is not None
+        self._repels = sampling.repetition_penalty != 1
+        self._prompt = set(prompt) if self._repels else set()
+        remembers = self._penalised or self._repels or matcher is not None
         self.bends = remembers or bool(sampling.logit_bias)
         """Whether it changes logits."""
         self.notes = remembers or sampling.logprobs is not None
@@ -105,8 +106,8 @@ class Draw:
     def bend(self, scores_V: Tensor) -> None:
         """In place."""
         sampling = self.sampling
-        if self._repeated:
-            tokens = list(self._repeated)
+        if self._repels:
+            tokens = list(self._prompt | self._drawn.keys())
             found = scores_V[tokens]
             penalty = sampling.repetition_penalty
             scores_V[tokens] = torch.where(found > 0, found / penalty, found * penalty)
@@ -128,8 +129,6 @@ class Draw:
         if self.sampling.logprobs is not None:
             self.reports.append(report(logits_V.log_softmax(-1), token, self.sampling.logprobs))
         self._drawn[token] += 1
-        if self._repeated is not None:
-            self._repeated.add(token)
         if self.matcher is not None:
             self.matcher.consume_token(token)
 
